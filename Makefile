@@ -1,0 +1,69 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets itself up first; a second run installs nothing.
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+FLOOR := $(shell sed -n 's/^requires-python = ">=\([0-9.]*\)"$$/\1/p' pyproject.toml)
+PEFT_OLDEST := $(shell sed -n 's/^ *"peft>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+PEFT_FOLDER := $(VENV)/peft-$(PEFT_OLDEST)
+
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# One thread in each worker: the tests are many small operations, and threads of several workers would only wait.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-oldest lint format benchmark clean distclean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+install: $(STAMP) ## Make .venv with everything in it
+
+demo: $(STAMP) ## Run the main job on two simulated cities; results in demo/
+	$(BIN)/stlora demo $(ARGS)
+
+test: $(STAMP) ## Run the tests (some of them: make test ARGS="-k layout")
+	$(PYTEST) $(ARGS)
+
+test-oldest: $(PEFT_FOLDER)/peft ## Run the tests on the oldest supported peft
+	PYTHONPATH=$(PEFT_FOLDER) $(PYTEST) $(ARGS)
+
+lint: $(STAMP) ## Check style, docstrings, spelling and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy
+
+format: $(STAMP) ## Mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(STAMP) ## Run every benchmarks/*/run.py
+	set -e; for script in benchmarks/*/run.py; do $(BIN)/python $$script $(ARGS); done
+
+clean: ## Remove results and caches
+	rm -rf build demo dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## Remove .venv as well
+	rm -rf $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(FLOOR)".split("."))))' 2>/dev/null || { \
+	  echo "make: PYTHON='$(PYTHON)' cannot run this package." >&2; \
+	  echo "  expected: CPython $(FLOOR) or newer" >&2; \
+	  echo "  got:      $$($(PYTHON) --version 2>&1 | head -n 1)" >&2; \
+	  echo "  to fix:   make $(or $(MAKECMDGOALS),install) PYTHON=/path/to/python$(FLOOR)" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[all,dev]'
+	$(PIP) --no-deps torch-geometric-temporal
+	@touch $@
+
+# Laid over the newest one instead of a second .venv: peft is one pure package, torch is not.
+$(PEFT_FOLDER)/peft: $(STAMP)
+	rm -rf $(PEFT_FOLDER)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(PEFT_FOLDER) peft==$(PEFT_OLDEST)
+	@touch $@
