@@ -1,0 +1,34 @@
+"""Node-conditioned low-rank adapters for spatio-temporal graph networks, as a tuner for Hugging Face PEFT.
+
+Importing this package registers the adapter type ``STLORA`` with PEFT.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
+from stlora_peft.tuner.identity import check_nodes, fingerprint
+from stlora_peft.tuner.model import STLoraModel
+from stlora_peft.tuner.node_bound import rebuild
+from stlora_peft.tuner.probe import find_layouts
+from stlora_peft.tuner.reestimation import reestimate
+from stlora_peft.tuner.registration import register
+from stlora_peft.tuner.spec import BackboneSpec
+
+try:
+    __version__ = version("stlora-peft")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "BackboneSpec",
+    "PredictorConfig",
+    "STLoraConfig",
+    "STLoraModel",
+    "check_nodes",
+    "find_layouts",
+    "fingerprint",
+    "rebuild",
+    "reestimate",
+]
+
+register(STLoraConfig, STLoraModel)

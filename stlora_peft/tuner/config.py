@@ -1,0 +1,256 @@
+"""Configuration of an ST-LoRA adapter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+
+from stlora_peft.errors import message
+from stlora_peft.tuner.adapter_file import check_adapter_file, describe_tensors
+from stlora_peft.tuner.conditioning import CONDITIONINGS
+from stlora_peft.tuner.layout import parse_layout
+from stlora_peft.tuner.registration import stlora_type
+
+
+@dataclass
+class PredictorConfig:
+    r"""Settings of the node-specific predictor that corrects the backbone's forecast.
+
+    Sizes that are None are taken from the backbone's attributes of the same name.
+
+    Args:
+        width: Hidden width :math:`d`.
+        num_layers: Number of node-adaptive layers :math:`L`.
+        r: Rank of the node-adaptive layers; None takes the adapter's.
+        dropout: Dropout probability between layers.
+        input_layout: Axis pattern of the backbone's first argument, some order of ``b t n c``.
+        output_layout: Axis pattern of the forecast, some order of ``b t n c``.
+        window: Input steps :math:`T`.
+        horizon: Forecast steps :math:`H`.
+        in_channels: Input channels.
+        out_channels: Forecast channels.
+
+    Raises:
+        ValueError: If a number is out of range or a layout is not an order of ``b t n c``.
+    """
+
+    width: int = 32
+    num_layers: int = 2
+    r: int | None = None
+    dropout: float = 0.0
+    input_layout: str = "b t n c"
+    output_layout: str = "b t n c"
+    window: int | None = None
+    horizon: int | None = None
+    in_channels: int | None = None
+    out_channels: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        for name in ("width", "num_layers", "r", "window", "horizon", "in_channels", "out_channels"):
+            _check_at_least_one(f"PredictorConfig.{name}", getattr(self, name), optional=True)
+        _check_probability("PredictorConfig.dropout", self.dropout)
+        for name in ("input_layout", "output_layout"):
+            if sorted(getattr(self, name).split()) != ["b", "c", "n", "t"]:
+                raise ValueError(
+                    message(
+                        f"PredictorConfig.{name} cannot be read",
+                        expected="some order of the four axes 'b t n c'",
+                        got=repr(getattr(self, name)),
+                        fix="write e.g. 'b t n c' or 'b n c t'",
+                    )
+                )
+
+
+@dataclass
+class STLoraConfig(PeftConfig):
+    r"""Configuration of an ST-LoRA adapter: node-conditioned low-rank updates and a node-specific predictor.
+
+    .. math:: y_i = W x_i + b + \tfrac{\alpha}{r} B A_i x_i
+
+    Args:
+        num_nodes: Number of nodes :math:`N` of the city. Needed by every conditioning but ``"shared"``.
+        r: Rank :math:`r` of the update.
+        lora_alpha: Numerator :math:`\alpha` of the scale.
+        lora_dropout: Dropout probability on the update's input.
+        use_rslora: Scale by :math:`\alpha / \sqrt{r}` instead of :math:`\alpha / r`.
+        target_modules: Names (or a regular expression) of the layers to adapt, or ``"all-linear"``. None takes
+            the backbone's own default where it has one.
+        exclude_modules: Names (or a regular expression) of layers to leave out.
+        layers_to_transform: Indices of the layers to adapt, in a numbered list of layers.
+        layers_pattern: Name of that list.
+        rank_pattern: Layer name or regular expression to a rank that differs from ``r``.
+        alpha_pattern: Layer name or regular expression to an alpha that differs from ``lora_alpha``.
+        modules_to_save: Names of modules that are trained whole and saved with the adapter.
+        conditioning: How a node takes part: ``"gate"``, ``"core"``, ``"full"``, ``"embedding"`` or ``"shared"``.
+        emb_size: Width of the node vectors of ``conditioning="embedding"``.
+        predictor: Node-specific predictor behind the backbone: ``"auto"`` (on where the backbone's output layout is
+            known), a :class:`PredictorConfig`, or None.
+        node_layout: Layer name to the axis pattern of its input, e.g. ``{"lstm": "(b n) t c"}``. What is not said is
+            taken from the backbone, from a table of known layers, or read off the first input.
+        node_bound: Names of modules whose tensors have one entry for each node. None takes the backbone's own.
+        freeze_backbone: Train the adapter alone. Otherwise the backbone trains too and must be saved beside it.
+        init_weights: Start without effect. False starts from random factors, for tests.
+        node_ids: Names of the nodes in the order of the adapter's rows.
+        scaler: Statistics that scale this city's readings.
+        window: Input steps that the city's data are cut into.
+        horizon: Forecast steps.
+        base_fingerprint: Hash of the frozen backbone's weights; filled in when the adapter is made, and checked
+            when it is loaded.
+        tensors: Shape of each tensor of the saved file; filled in by saving.
+
+    Raises:
+        ValueError: If a value or combination is not allowed.
+
+    Example:
+        >>> STLoraConfig(num_nodes=207, target_modules=["lstm"]).r
+        8
+
+    References:
+        Ruan et al., ST-LoRA, ECML-PKDD 2025, arXiv:2404.07919, Eq. 2 and 3. Differs: see docs/method.md.
+    """
+
+    num_nodes: int | None = None
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    conditioning: str = "gate"
+    emb_size: int = 16
+    predictor: PredictorConfig | dict[str, Any] | str | None = "auto"
+    node_layout: dict[str, str] = field(default_factory=dict)
+    node_bound: list[str] | None = None
+    freeze_backbone: bool = True
+    init_weights: bool = True
+    node_ids: list[str] | None = None
+    scaler: dict[str, Any] | None = None
+    window: int | None = None
+    horizon: int | None = None
+    base_fingerprint: str | None = None
+    tensors: dict[str, list[int]] | None = None
+
+    def __post_init__(self) -> None:
+        """Check every range and combination."""
+        super().__post_init__()
+        self.peft_type = stlora_type()
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.predictor, Mapping):
+            self.predictor = PredictorConfig(**self.predictor)
+        self._check_numbers()
+        self._check_choices()
+        for pattern in self.node_layout.values():
+            parse_layout(pattern)
+
+    def _check_numbers(self) -> None:
+        for name in ("r", "emb_size"):
+            _check_at_least_one(f"STLoraConfig.{name}", getattr(self, name))
+        for name in ("num_nodes", "window", "horizon"):
+            _check_at_least_one(f"STLoraConfig.{name}", getattr(self, name), optional=True)
+        for key, rank in self.rank_pattern.items():
+            _check_at_least_one(f"STLoraConfig.rank_pattern['{key}']", rank)
+        _check_probability("STLoraConfig.lora_dropout", self.lora_dropout)
+
+    def _check_choices(self) -> None:
+        if self.conditioning not in CONDITIONINGS:
+            raise ValueError(
+                message(
+                    "STLoraConfig.conditioning is unknown",
+                    expected=", ".join(repr(c) for c in CONDITIONINGS),
+                    got=repr(self.conditioning),
+                    fix="choose one of them; 'gate' is the default",
+                )
+            )
+        if not (self.predictor is None or self.predictor == "auto" or isinstance(self.predictor, PredictorConfig)):
+            raise ValueError(
+                message(
+                    "STLoraConfig.predictor is unknown",
+                    expected="'auto', a PredictorConfig or None",
+                    got=repr(self.predictor),
+                    fix="leave it out for the default, or pass None to switch the predictor off",
+                )
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                message(
+                    "STLoraConfig.layers_pattern has no effect alone",
+                    expected="layers_to_transform beside layers_pattern",
+                    got=f"layers_pattern={self.layers_pattern!r} and no layers_to_transform",
+                    fix="pass layers_to_transform=[<indices>] as well",
+                )
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                message(
+                    "STLoraConfig.layers_to_transform cannot be used here",
+                    expected="target_modules as a list of names",
+                    got=f"the expression {self.target_modules!r}",
+                    fix="write the layer numbers into the expression, or list the names",
+                )
+            )
+        if self.node_ids is not None and self.num_nodes is not None and len(self.node_ids) != self.num_nodes:
+            raise ValueError(
+                message(
+                    "STLoraConfig.node_ids does not fit num_nodes",
+                    expected=f"{self.num_nodes} names",
+                    got=f"{len(self.node_ids)} names",
+                    fix="pass the city's node ids in the order of its readings",
+                )
+            )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` with the shapes of the tensors that PEFT saved beside it."""
+        self.tensors = describe_tensors(Path(save_directory))
+        super().save_pretrained(str(save_directory), **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read a saved configuration and check the adapter file beside it, before any model is touched.
+
+        Args:
+            pretrained_model_name_or_path: Folder of the adapter, or its name on the hub.
+            subfolder: Folder inside it.
+            kwargs: Passed on to PEFT.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: If the adapter file is truncated, lacks a tensor or holds values that are not finite.
+        """
+        config: PeftConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        if folder.is_dir() and isinstance(config, STLoraConfig) and config.tensors is not None:
+            check_adapter_file(folder, config.tensors)
+        return config
+
+
+def _check_at_least_one(name: str, value: Any, optional: bool = False) -> None:
+    if (optional and value is None) or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return
+    raise ValueError(
+        message(f"{name} is out of range", expected="a whole number of 1 or more", got=repr(value), fix="correct it")
+    )
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(
+            message(f"{name} is out of range", expected="a probability in [0, 1)", got=repr(value), fix="correct it")
+        )

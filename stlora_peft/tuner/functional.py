@@ -1,0 +1,129 @@
+r"""The maths of node-conditioned low-rank updates, as free functions of tensors.
+
+Every update has the form :math:`\tfrac{\alpha}{r} B A_i x_i` with one shared :math:`B`. The functions
+here take the rank directions :math:`u = A x` in any memory layout, told by two axis numbers, and apply the
+part that belongs to the node. No PEFT, no modules, no files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _aligned(factor: Tensor, ndim: int, node: int, channel: int) -> Tensor:
+    """View a factor of shape (N, r) so that it broadcasts over a tensor of ``ndim`` axes."""
+    shape = [1] * ndim
+    shape[node], shape[channel] = factor.shape
+    return (factor if node < channel else factor.mT).reshape(shape)
+
+
+def gate_update(u: Tensor, gate: Tensor, bias: Tensor, node: int, channel: int) -> Tensor:
+    r"""Weight and shift the rank directions of each node.
+
+    .. math:: v_i = \mathrm{diag}(g_i)\,u_i + h_i
+
+    Args:
+        u: Rank directions, :math:`N` on axis ``node`` and :math:`r` on axis ``channel``.
+        gate: Factors :math:`g`, shape :math:`(N, r)`.
+        bias: Shifts :math:`h`, shape :math:`(N, r)`.
+        node: Index of the node axis of ``u``.
+        channel: Index of the rank axis of ``u``.
+
+    Returns:
+        Tensor of the shape of ``u``.
+
+    Example:
+        >>> u = torch.ones(1, 2, 1)
+        >>> gate_update(u, torch.tensor([[2.0], [3.0]]), torch.zeros(2, 1), node=1, channel=2).flatten()
+        tensor([2., 3.])
+    """
+    return torch.addcmul(_aligned(bias, u.ndim, node, channel), u, _aligned(gate, u.ndim, node, channel))
+
+
+def core_update(u: Tensor, core: Tensor, node: int, channel: int) -> Tensor:
+    r"""Mix the rank directions of each node.
+
+    .. math:: v_i = G_i\,u_i
+
+    Args:
+        u: Rank directions, :math:`N` on axis ``node`` and :math:`r` on axis ``channel``.
+        core: Matrices :math:`G`, shape :math:`(N, r, r)`.
+        node: Index of the node axis of ``u``.
+        channel: Index of the rank axis of ``u``.
+
+    Returns:
+        Tensor of the shape of ``u``.
+    """
+    return _nodewise(u, core, node, channel)
+
+
+def full_update(x: Tensor, weight: Tensor, node: int, channel: int) -> Tensor:
+    r"""Project each node's input by the node's own matrix.
+
+    .. math:: u_i = A_i\,x_i
+
+    Args:
+        x: Input, :math:`N` on axis ``node`` and :math:`F_{in}` on axis ``channel``.
+        weight: Matrices :math:`A`, shape :math:`(N, r, F_{in})`.
+        node: Index of the node axis of ``x``.
+        channel: Index of the channel axis of ``x``.
+
+    Returns:
+        Tensor of the shape of ``x`` with :math:`r` on axis ``channel``.
+    """
+    return _nodewise(x, weight, node, channel)
+
+
+def _nodewise(x: Tensor, weight: Tensor, node: int, channel: int) -> Tensor:
+    """One matrix product for each node: (..., N, i) x (N, o, i) -> (..., N, o), axes kept in place."""
+    rows = x.movedim((node, channel), (0, -1))  # [n * c]
+    num_nodes, *free, width = rows.shape
+    out = torch.bmm(rows.reshape(num_nodes, math.prod(free), width), weight.mT)
+    return out.reshape(num_nodes, *free, out.shape[-1]).movedim((0, -1), (node, channel))
+
+
+def full_conv(
+    x: Tensor, weight: Tensor, node: int, channel: int, stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    r"""Convolve each node's series by the node's own kernels, as one grouped convolution.
+
+    .. math:: u_{i,t} = \sum_k A_{i,k}\,x_{i,\,st + dk}
+
+    Args:
+        x: Input with axes for nodes, channels, any batch axes and, last, one or two that the kernel runs along.
+        weight: Kernels :math:`A`, shape :math:`(N, r, F_{in}, *K)`.
+        node: Index of the node axis of ``x``.
+        channel: Index of the channel axis of ``x``.
+        stride: Step :math:`s` along each axis of the kernel.
+        dilation: Spacing :math:`d` of the kernel along each of its axes.
+
+    Returns:
+        Tensor with the axes of ``x``, :math:`r` on axis ``channel``.
+    """
+    num_nodes, rank, in_features, *kernel = weight.shape
+    moved = (-len(kernel) - 2, -len(kernel) - 1)
+    rows = x.movedim((node, channel), moved)  # [... n c *]
+    batch, steps = rows.shape[: moved[0]], rows.shape[-len(kernel) :]
+    rows = rows.reshape(math.prod(batch), num_nodes * in_features, *steps)
+    conv = F.conv1d if len(kernel) == 1 else F.conv2d
+    out = conv(rows, weight.flatten(0, 1), None, tuple(stride), 0, tuple(dilation), groups=num_nodes)
+    return out.reshape(*batch, num_nodes, rank, *out.shape[2:]).movedim(moved, (node, channel))
+
+
+def delta_weight(up: Tensor, down: Tensor, scaling: float) -> Tensor:
+    r"""Dense form of a shared update, :math:`\tfrac{\alpha}{r} B A`, in the shape of the base weight.
+
+    Args:
+        up: :math:`B`, shape :math:`(F_{out}, r)`.
+        down: :math:`A`, shape :math:`(r, F_{in}, *)`.
+        scaling: :math:`\alpha / r`.
+
+    Returns:
+        Tensor of shape :math:`(F_{out}, F_{in}, *)`.
+    """
+    return torch.einsum("or,r...->o...", up, down) * scaling

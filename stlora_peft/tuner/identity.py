@@ -1,0 +1,121 @@
+"""Whom an adapter belongs to: the backbone's weights and the city's nodes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from stlora_peft.errors import message
+
+
+def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of the backbone under their names before any adapter was added."""
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    wrappers = {
+        name: "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else "base_layer"
+        for name, module in model.named_modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    }
+    for key, value in model.state_dict().items():
+        name = _base_name(key, wrappers)
+        if name is not None:
+            yield name, value
+
+
+def _base_name(key: str, wrappers: dict[str, str]) -> str | None:
+    """Drop the wrappers' inner names from a key; None where the key belongs to an adapter."""
+    parts, kept, path = key.split("."), [], ""
+    skip = False
+    for part in parts:
+        if skip:
+            if part != wrappers[path]:
+                return None
+            skip = False
+        else:
+            kept.append(part)
+        path = f"{path}.{part}" if path else part
+        skip = path in wrappers
+    return ".".join(kept)
+
+
+def fingerprint(model: nn.Module) -> str | None:
+    """Hash the backbone's weights: names, shapes, dtypes and values.
+
+    Args:
+        model: Backbone with or without adapters (not merged).
+
+    Returns:
+        SHA-256 as hexadecimal text, the same before and after adapters are added; None on the meta device.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> fingerprint(layer) == fingerprint(nn.Linear(2, 2))
+        False
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(base_tensors(model), key=lambda item: item[0]):
+        if value.device.type == "meta":
+            return None
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_fingerprint(expected: str, found: str | None, adapter_name: str) -> None:
+    """Raise if an adapter was made for another backbone.
+
+    Raises:
+        ValueError: With both fingerprints.
+    """
+    if found is not None and expected != found:
+        raise ValueError(
+            message(
+                f"stlora adapter '{adapter_name}' belongs to another backbone",
+                expected=f"backbone weights with fingerprint {expected[:16]}...",
+                got=f"backbone weights with fingerprint {found[:16]}...",
+                fix="load the adapter into the backbone that it was trained on, in the same dtype; to use it on this "
+                "one all the same, load its config, set base_fingerprint=None and pass config=",
+            )
+        )
+
+
+def check_nodes(model: nn.Module, node_ids: Sequence[str]) -> None:
+    """Raise unless the active adapter was made for exactly these nodes, in this order.
+
+    Args:
+        model: PEFT model.
+        node_ids: Names of the city's nodes in the order of its readings.
+
+    Raises:
+        ValueError: If the number, the names or the order differ.
+    """
+    configs = getattr(model, "peft_config", {})
+    active = getattr(model, "active_adapters", [])
+    for name in active:
+        known = getattr(configs.get(name), "node_ids", None)
+        if known is None or list(known) == list(node_ids):
+            continue
+        expected, got = _difference(list(known), list(node_ids))
+        raise ValueError(
+            message(
+                f"stlora adapter '{name}' belongs to other nodes",
+                expected=expected,
+                got=got,
+                fix="use the adapter of this city, or bring the readings into the adapter's node order",
+            )
+        )
+
+
+def _difference(known: list[str], given: list[str]) -> tuple[str, str]:
+    if len(known) != len(given):
+        return f"{len(known)} nodes", f"{len(given)} nodes"
+    position = next(i for i, (a, b) in enumerate(zip(known, given, strict=True)) if a != b)
+    same = " (the same nodes in another order)" if sorted(known) == sorted(given) else ""
+    return f"node '{known[position]}' at position {position}", f"node '{given[position]}'{same}"

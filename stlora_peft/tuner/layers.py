@@ -1,0 +1,495 @@
+"""Layers that add a node-conditioned low-rank update to a frozen layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from stlora_peft.errors import message
+from stlora_peft.tuner.conditioning import FACTOR_NAMES, condition, factor_shapes, new_factor
+from stlora_peft.tuner.config import STLoraConfig
+from stlora_peft.tuner.functional import delta_weight, full_conv, full_update
+from stlora_peft.tuner.layout import Layout, check_layout, check_union, infer_layout, parse_layout
+from stlora_peft.tuner.nodes import AdapterModule, NodeTable
+
+
+class STLoraLayer(AdapterModule):
+    r"""A layer with a node-conditioned low-rank update; subclasses say what it is multiplied with.
+
+    .. math:: y_i = f(x)_i + \tfrac{\alpha}{r} B A_i z_i
+
+    :math:`f` is the wrapped layer, :math:`z` its input (its output for recurrent layers). ``B`` starts at
+    zero, so the untrained layer equals the wrapped one bit for bit.
+
+    Args:
+        base_layer: Layer to adapt.
+        name: Its name in the backbone, for errors.
+    """
+
+    adapter_layer_names = tuple(f"nall_{name}" for name in FACTOR_NAMES)
+    other_param_names = ("r", "lora_alpha", "scaling", "conditioning", "num_nodes", "layout", "dropout", "node_table")
+    mergeable = False
+    default_layout: str | None = None
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.in_shape, self.out_features = self._sizes(base_layer)
+        self.in_features = self.in_shape[0]
+        for attribute in self.adapter_layer_names:
+            setattr(self, attribute, nn.ParameterDict())
+        self.dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.conditioning: dict[str, str] = {}
+        self.num_nodes: dict[str, int] = {}
+        self.layout: dict[str, Layout] = {}
+        self.node_table: dict[str, NodeTable] = {}
+
+    # -- what a kind of layer says about itself ---------------------------------------------------------
+
+    @staticmethod
+    def _sizes(base_layer: nn.Module) -> tuple[tuple[int, ...], int]:
+        """Input width with the kernel, and output width."""
+        raise NotImplementedError
+
+    @classmethod
+    def refusal(cls, base_layer: nn.Module) -> str | None:
+        """Why this layer cannot be adapted although its class can, or None."""
+        return None
+
+    def channel(self, ndim: int) -> int:
+        """Index of the channel axis of an input."""
+        return ndim - 1
+
+    def node_axes(self, ndim: int) -> tuple[int, ...]:
+        """Axes of an input that may hold the nodes."""
+        return tuple(axis for axis in range(ndim) if axis != self.channel(ndim))
+
+    def _down(self, z: Tensor, weight: Tensor) -> Tensor:
+        """Shared projection A z, axes kept."""
+        return F.linear(z, weight)
+
+    def _down_full(self, z: Tensor, weight: Tensor, layout: Layout, num_nodes: int) -> Tensor:
+        """Each node's own projection A_i z_i, with an unfolded node axis."""
+        view, node, channel = layout.split(z, num_nodes)
+        return full_update(view, weight, node, channel)
+
+    def _up(self, u: Tensor, weight: Tensor) -> Tensor:
+        """Shared projection B u, axes kept."""
+        return F.linear(u, weight)
+
+    def _root_weight(self) -> nn.Parameter:
+        """Weight that a shared update is merged into."""
+        return cast(nn.Parameter, self.get_base_layer().weight)
+
+    # -- adapters ---------------------------------------------------------------------------------------
+
+    def update_layer(
+        self, adapter_name: str, config: STLoraConfig, *, r: int, lora_alpha: float, layout: str | None
+    ) -> None:
+        """Add an adapter, or replace the one of that name, at its starting value.
+
+        Args:
+            adapter_name: Name of the adapter.
+            config: Its configuration.
+            r: Rank of this layer.
+            lora_alpha: Numerator of the scale of this layer.
+            layout: Axis pattern of this layer's input; None finds it at the first forward.
+        """
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.conditioning[adapter_name] = config.conditioning
+        for replaced in (self.num_nodes, self.layout, *(getattr(self, name) for name in self.adapter_layer_names)):
+            if adapter_name in replaced:
+                del replaced[adapter_name]
+        if config.num_nodes is not None:
+            self.num_nodes[adapter_name] = config.num_nodes
+        if layout is not None:
+            self.layout[adapter_name] = parse_layout(layout)
+        self.dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        like = next((p for p in self.get_base_layer().parameters()), torch.empty(0))
+        for name, shape in factor_shapes(
+            config.conditioning,
+            r=r,
+            num_nodes=config.num_nodes or 0,
+            in_shape=self.in_shape,
+            out_features=self.out_features,
+            emb_size=config.emb_size,
+        ).items():
+            factor = new_factor(name, shape, self.in_shape, identity=config.init_weights, like=like)
+            getattr(self, f"nall_{name}")[adapter_name] = factor
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def factors(self, adapter_name: str) -> dict[str, Tensor]:
+        """The adapter's tensors by factor name; empty if this layer does not have the adapter."""
+        named = ((name, getattr(self, f"nall_{name}")) for name in FACTOR_NAMES)
+        return {name: values[adapter_name] for name, values in named if adapter_name in values}
+
+    def update(self, z: Tensor, adapter_name: str) -> Tensor:
+        r"""Compute the update :math:`\tfrac{\alpha}{r} B A_i z_i` of one adapter.
+
+        Args:
+            z: Input of the update, in the adapter's layout for this layer.
+            adapter_name: Adapter that this layer has.
+
+        Returns:
+            Tensor to be added to the wrapped layer's output.
+
+        Raises:
+            ValueError: If the nodes are not where the layout says, or cannot be found.
+        """
+        factors = self.factors(adapter_name)
+        z = self.dropout[adapter_name](self._cast_input_dtype(z, factors["B"].dtype))
+        if not self.cast_input_dtype_enabled:  # inside PEFT's disable_input_dtype_casting the input decides
+            factors = {name: factor.to(z.dtype) for name, factor in factors.items()}
+        up = factors["B"] * self.scaling[adapter_name]
+        if self.conditioning[adapter_name] == "shared":
+            return self._up(self._down(z, factors["A"]), up)
+        layout, num_nodes = self._checked_layout(z, adapter_name), self.num_nodes[adapter_name]
+        if self.conditioning[adapter_name] == "full":
+            u = self._down_full(z, factors["A"], layout, num_nodes)
+        else:
+            view, node, channel = layout.split(self._down(z, factors["A"]), num_nodes)
+            table = self.node_table.get(adapter_name)
+            embedding = None if table is None else partial(table.vectors, adapter_name)
+            u = condition(view, factors, embedding, node, channel)
+        if layout.folded:
+            axis = layout.node_axis(z.ndim)
+            u = u.flatten(axis, axis + 1)
+        return self._up(u, up)
+
+    def _checked_layout(self, z: Tensor, adapter_name: str) -> Layout:
+        where = f"stlora adapter '{adapter_name}' on '{self.name}'"
+        num_nodes = self.num_nodes[adapter_name]
+        channel, axes = self.channel(z.ndim), self.node_axes(z.ndim)
+        if adapter_name not in self.layout:
+            self.layout[adapter_name] = infer_layout(z.shape, num_nodes, channel, axes, where)
+        layout = self.layout[adapter_name]
+        check_layout(layout, z.shape, num_nodes, where)
+        if layout.channel_axis(z.ndim) != channel or layout.node_axis(z.ndim) not in axes:
+            raise ValueError(
+                message(
+                    f"{where}: the layout does not fit this layer",
+                    expected=f"channels on axis {channel} and nodes on one of the axes {axes}, which it does not mix",
+                    got=f"layout '{layout.pattern}' of an input of shape {tuple(z.shape)}",
+                    fix="correct node_layout, or leave the layer out with exclude_modules",
+                )
+            )
+        return layout
+
+    def _active_updates(self, z: Tensor) -> Tensor | None:
+        """Sum of the updates of the active adapters that this layer has, or None."""
+        total: Tensor | None = None
+        for name in self.active_adapters:
+            if name in self.nall_B:
+                update = self.update(z, name)
+                total = update if total is None else total + update
+        return total
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the wrapped layer and add the updates of the active adapters."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        out = cast(Tensor, self.base_layer(x, *args, **kwargs))
+        if self.merged:
+            return out
+        update = self._active_updates(x)
+        return out if update is None else out + update.to(out.dtype)
+
+    # -- merging ----------------------------------------------------------------------------------------
+
+    def merge_refusal(self, adapter_name: str) -> str | None:
+        """Why the adapter cannot be folded into this layer's weights, or None."""
+        if self.conditioning.get(adapter_name, "shared") != "shared":
+            form = self.conditioning[adapter_name]
+            return f"its update depends on the node (conditioning='{form}'): one weight cannot hold N of them"
+        return None if self.mergeable else f"{type(self.get_base_layer()).__name__} has no weight that equals the update"
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Dense update of a shared adapter, in the shape of the weight that it is merged into."""
+        factors = self.factors(adapter_name)
+        return delta_weight(factors["B"], factors["A"], self.scaling[adapter_name])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold shared adapters into the wrapped layer's weights.
+
+        Args:
+            safe_merge: Refuse a result that is not finite.
+            adapter_names: Adapters to fold; the active ones by default.
+
+        Raises:
+            ValueError: If an adapter depends on the node, or the result is not finite. Nothing is changed then.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.nall_B]
+        for name in names:
+            check_mergeable(self.merge_refusal(name), name, self.name)
+        for name in names:
+            weight = self._root_weight()
+            merged = weight.data + self.get_delta_weight(name).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    message(
+                        f"adapter '{name}' cannot be merged into '{self.name}'",
+                        expected="finite weights",
+                        got="NaN or infinity",
+                        fix="train the adapter again with a smaller learning rate",
+                    )
+                )
+            weight.data = merged
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take merged adapters out of the wrapped layer's weights again; nothing happens if there are none."""
+        while self.merged_adapters:
+            weight = self._root_weight()
+            weight.data = weight.data - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        """Forward what the backbone asks of its layer, e.g. ``hidden_size``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def __repr__(self) -> str:
+        return "stlora." + super().__repr__()
+
+
+def check_mergeable(refusal: str | None, adapter_name: str, where: str) -> None:
+    """Raise if there is a reason not to merge."""
+    if refusal:
+        raise ValueError(
+            message(
+                f"adapter '{adapter_name}' cannot be merged into '{where}'",
+                expected="an update that is the same for every node (conditioning='shared')",
+                got=refusal,
+                fix="keep the adapter beside the backbone: call the model as it is, or unload() to get the backbone",
+            )
+        )
+
+
+class STLoraLinear(STLoraLayer):
+    """``nn.Linear`` and ``torch_geometric.nn.Linear`` with a node-conditioned update; channels last."""
+
+    mergeable = True
+
+    @staticmethod
+    def _sizes(base_layer: nn.Module) -> tuple[tuple[int, ...], int]:
+        out_features, in_features = cast(Tensor, base_layer.weight).shape
+        return (int(in_features),), int(out_features)
+
+    @classmethod
+    def refusal(cls, base_layer: nn.Module) -> str | None:
+        """Lazy layers have no size yet, and attention reads its out_proj's weight without calling it."""
+        if isinstance(base_layer.weight, nn.parameter.UninitializedParameter):
+            return "it is lazy and has no size yet: run the backbone once before adapting it"
+        if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            return "nn.MultiheadAttention reads its weight without calling it, so an update would have no effect"
+        return None
+
+
+class STLoraConv(STLoraLayer):
+    r"""``nn.Conv1d`` and ``nn.Conv2d`` along time with a node-conditioned update.
+
+    :math:`A_i` is a temporal kernel with the stride, padding and dilation of the wrapped layer; :math:`B` is
+    applied at each step. The kernel must have size 1 along the node axis, or it would mix nodes.
+    """
+
+    mergeable = True
+
+    @staticmethod
+    def _sizes(base_layer: nn.Module) -> tuple[tuple[int, ...], int]:
+        weight = cast(Tensor, base_layer.weight)
+        return tuple(int(size) for size in weight.shape[1:]), int(weight.shape[0])
+
+    @classmethod
+    def refusal(cls, base_layer: nn.Module) -> str | None:
+        """Grouped convolutions and kernels over two axes are not adapted."""
+        conv = cast(nn.Conv2d, base_layer)
+        if conv.groups != 1:
+            return f"it is a grouped convolution (groups={conv.groups})"
+        if sum(size > 1 for size in conv.kernel_size) > 1:
+            return f"its kernel {tuple(conv.kernel_size)} spans two axes, so it mixes nodes or is no convolution along time"
+        return None
+
+    @property
+    def _conv(self) -> nn.Conv2d:
+        return cast(nn.Conv2d, self.get_base_layer())
+
+    def channel(self, ndim: int) -> int:
+        """Axis 1, or 0 where there is no batch."""
+        return ndim - len(self._conv.kernel_size) - 1
+
+    def _still(self, axis: int) -> bool:
+        """Whether the convolution leaves spatial axis ``axis`` as it is."""
+        conv = self._conv
+        padding = cast(Any, conv)._reversed_padding_repeated_twice
+        return conv.kernel_size[axis] == 1 and conv.stride[axis] == 1 and padding[-1 - 2 * axis] == 0
+
+    def node_axes(self, ndim: int) -> tuple[int, ...]:
+        """The batch axis and the spatial axes that the convolution leaves alone."""
+        channel = self.channel(ndim)
+        spatial = (channel + 1 + i for i in range(len(self._conv.kernel_size)) if self._still(i))
+        return (*range(channel), *spatial)
+
+    def _pad(self, z: Tensor) -> Tensor:
+        padding = list(cast(Any, self._conv)._reversed_padding_repeated_twice)
+        if not any(padding):
+            return z
+        mode = self._conv.padding_mode
+        return F.pad(z, padding, mode="constant" if mode == "zeros" else mode)
+
+    def _down(self, z: Tensor, weight: Tensor) -> Tensor:
+        conv = F.conv1d if weight.ndim == 3 else F.conv2d
+        return conv(self._pad(z), weight, None, self._conv.stride, 0, self._conv.dilation)
+
+    def _down_full(self, z: Tensor, weight: Tensor, layout: Layout, num_nodes: int) -> Tensor:
+        conv, first = self._conv, self.channel(z.ndim) + 1
+        view, node, channel = layout.split(self._pad(z), num_nodes)
+        along = [i for i in range(len(conv.kernel_size)) if first + i != layout.node_axis(z.ndim)]
+        if all(self._still(i) for i in along):
+            return full_update(view, weight.flatten(2), node, channel)
+        kernels = weight.reshape(*weight.shape[:3], *(conv.kernel_size[i] for i in along))
+        stride, dilation = [conv.stride[i] for i in along], [conv.dilation[i] for i in along]
+        return full_conv(view, kernels, node, channel, stride, dilation)
+
+    def _up(self, u: Tensor, weight: Tensor) -> Tensor:
+        spatial = len(self._conv.kernel_size)
+        return (F.conv1d if spatial == 1 else F.conv2d)(u, weight[(...,) + (None,) * spatial])
+
+
+class STLoraGraphConv(STLoraLayer):
+    r"""A graph convolution with the update on its root term.
+
+    .. math:: y_i = \mathrm{conv}(x, E)_i + \tfrac{\alpha}{r} B A_i x_i
+
+    The update conditions on the receiving node and reads that node's own input. For ``ChebConv`` it is exactly
+    an update of the order-0 weight ``lins[0]``; ``GCNConv`` has no root weight, so the update adds one. Nodes are
+    on axis -2, or, as PyG batches graphs, rows of a union of equal graphs (``row % N``).
+    """
+
+    default_layout = "... (b n) c"
+
+    @staticmethod
+    def _sizes(base_layer: nn.Module) -> tuple[tuple[int, ...], int]:
+        return (int(cast(int, base_layer.in_channels)),), int(cast(int, base_layer.out_channels))
+
+    @classmethod
+    def refusal(cls, base_layer: nn.Module) -> str | None:
+        """Lazy layers have no size yet."""
+        return "it is lazy: run the backbone once before adapting it" if base_layer.in_channels == -1 else None
+
+    def forward(self, x: Tensor, edge_index: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the convolution and add the updates; ``edge_index`` and the rest pass through."""
+        if not self.disable_adapters and isinstance(edge_index, Tensor):
+            self._check_union(x, edge_index)
+        return super().forward(x, edge_index, *args, **kwargs)
+
+    def _check_union(self, x: Tensor, edge_index: Tensor) -> None:
+        for name in self.active_adapters:
+            if self.conditioning.get(name, "shared") == "shared":
+                continue
+            layout, num_nodes = self.layout[name], self.num_nodes[name]
+            if layout.fits(x.shape, num_nodes):
+                where = f"stlora adapter '{name}' on '{self.name}'"
+                check_union(edge_index, x.shape[-2], num_nodes, layout, where)
+
+
+class STLoraChebConv(STLoraGraphConv):
+    """``ChebConv``: a shared update merges into the order-0 weight."""
+
+    mergeable = True
+
+    def _root_weight(self) -> nn.Parameter:
+        return cast(nn.Parameter, cast(Any, self.get_base_layer()).lins[0].weight)
+
+
+class STLoraRecurrent(STLoraLayer):
+    r"""``nn.LSTM`` and ``nn.GRU`` with the update on the output.
+
+    .. math:: y_{i,t} = h_{i,t} + \tfrac{\alpha}{r} B A_i h_{i,t}
+
+    The recurrence itself is untouched. The last layer's final hidden state gets the same update, so that it
+    still equals the last output; the LSTM's cell state is returned as it is.
+    """
+
+    @staticmethod
+    def _sizes(base_layer: nn.Module) -> tuple[tuple[int, ...], int]:
+        rnn = cast(nn.LSTM, base_layer)
+        width = (rnn.proj_size or rnn.hidden_size) * (2 if rnn.bidirectional else 1)
+        return (width,), width
+
+    @property
+    def _rnn(self) -> nn.LSTM:
+        return cast(nn.LSTM, self.get_base_layer())
+
+    def node_axes(self, ndim: int) -> tuple[int, ...]:
+        """The batch axis of a recurrent layer."""
+        return (0,) if self._rnn.batch_first else (1,)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the recurrent layer and update its output and final hidden state."""
+        if self.disable_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            raise ValueError(
+                message(
+                    f"stlora layer '{self.name}' cannot read its input",
+                    expected="a padded tensor of three axes",
+                    got=f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__,
+                    fix="pad a packed sequence, and give a single series a batch axis",
+                )
+            )
+        out, state = self.base_layer(x, *args, **kwargs)
+        update = self._active_updates(out)
+        if update is None:
+            return out, state
+        out = out + update.to(out.dtype)
+        hidden = self._final_hidden(out, state[0] if isinstance(state, tuple) else state)
+        return out, (hidden, *state[1:]) if isinstance(state, tuple) else hidden
+
+    def _final_hidden(self, out: Tensor, hidden: Tensor) -> Tensor:
+        """Put the last layer's updated final output into the hidden state."""
+        time = 1 if self._rnn.batch_first else 0
+        if not self._rnn.bidirectional:
+            return torch.cat([hidden[:-1], out.select(time, -1)[None]])
+        forward, backward = out.chunk(2, dim=-1)
+        last = torch.stack([forward.select(time, -1), backward.select(time, 0)])
+        return torch.cat([hidden[:-2], last])
+
+
+def host_layers() -> Mapping[type[nn.Module], type[STLoraLayer]]:
+    """Layer classes that can be adapted, those of torch-geometric where it is installed."""
+    hosts: dict[type[nn.Module], type[STLoraLayer]] = {
+        nn.Linear: STLoraLinear,
+        nn.Conv1d: STLoraConv,
+        nn.Conv2d: STLoraConv,
+        nn.LSTM: STLoraRecurrent,
+        nn.GRU: STLoraRecurrent,
+    }
+    try:
+        import torch_geometric.nn as pyg
+    except ImportError:
+        return hosts
+    return hosts | {pyg.Linear: STLoraLinear, pyg.GCNConv: STLoraGraphConv, pyg.ChebConv: STLoraChebConv}
+
+
+def host_class(layer: nn.Module) -> type[STLoraLayer] | None:
+    """The class that adapts ``layer``, looked up along its bases, or None."""
+    hosts = host_layers()
+    return next((hosts[cls] for cls in type(layer).__mro__ if cls in hosts), None)

@@ -1,0 +1,401 @@
+"""The tuner: finds the layers to adapt, puts adapters on them and takes them off again."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from stlora_peft.errors import message
+from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
+from stlora_peft.tuner.identity import check_fingerprint, fingerprint
+from stlora_peft.tuner.known_layers import known_layout
+from stlora_peft.tuner.layers import STLoraLayer, STLoraLinear, check_mergeable, host_class, host_layers
+from stlora_peft.tuner.node_bound import NodeBoundLayer, _named, bound_size, spec_of
+from stlora_peft.tuner.nodes import NodeTable
+from stlora_peft.tuner.predictor import (
+    ATTRIBUTE,
+    PredictorLayer,
+    attach_predictor,
+    detach_predictor,
+    required_size,
+)
+from stlora_peft.tuner.registration import PREFIX
+
+logger = logging.getLogger("stlora_peft")
+
+TABLE_ATTRIBUTE = "stlora_nodes"
+
+
+class STLoraModel(BaseTuner):
+    """PEFT's tuner class for ST-LoRA; made by ``get_peft_model(backbone, STLoraConfig(...))``.
+
+    Besides the adapted layers it owns what a city needs once: the node table of
+    ``conditioning="embedding"`` and the node-specific predictor (children of the backbone named
+    ``stlora_nodes`` and ``stlora_predictor``), and copies of the backbone's node-bound modules.
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = BaseTunerLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's class attribute
+
+    # -- preparation: everything that can be wrong is found before the backbone is touched ---------------
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        config = cast(STLoraConfig, peft_config)
+        name = next(key for key, value in self.peft_config.items() if value is config)
+        if config.num_nodes is None and (config.conditioning != "shared" or config.node_bound):
+            raise ValueError(
+                message(
+                    f"stlora adapter '{name}': the number of nodes is not known",
+                    expected="STLoraConfig(num_nodes=<N>)",
+                    got="num_nodes=None",
+                    fix="pass the number of nodes (sensors) of the city",
+                )
+            )
+        self._resolve_targets(config)
+        self._resolve_predictor(config)
+        self._resolve_node_bound(config)
+        self._check_targets(config)
+        self._resolve_fingerprint(config, name)
+        return config
+
+    def _resolve_targets(self, config: STLoraConfig) -> None:
+        spec = spec_of(self.model)
+        if config.target_modules is None:
+            if spec is None:
+                raise ValueError(
+                    message(
+                        "Please specify `target_modules` in STLoraConfig",
+                        expected="names of layers, or a backbone with defaults of its own",
+                        got=f"target_modules=None on a {type(self.model).__name__}",
+                        fix="pass target_modules=[<names from backbone.named_modules()>] or 'all-linear'",
+                    )
+                )
+            config.target_modules = set(spec.target_modules)
+        elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+            config.target_modules = set(self._all_linear())
+
+    def _all_linear(self) -> Iterator[str]:
+        for key, module in self._candidates():
+            base = module.base_layer if isinstance(module, STLoraLinear) else module
+            if isinstance(base, nn.Module) and host_class(base) is STLoraLinear and STLoraLinear.refusal(base) is None:
+                yield key
+
+    def _candidates(self) -> Iterator[tuple[str, nn.Module]]:
+        """Named modules of the backbone that are not inside an adapter or a copy of PEFT's."""
+        inner: list[str] = []
+        for key, module in self.model.named_modules():
+            if not key or any(key.startswith(prefix) for prefix in inner):
+                continue
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                inner.append(f"{key}.")
+            if not isinstance(module, (NodeBoundLayer, NodeTable, PredictorLayer, AuxiliaryTrainingWrapper)):
+                yield key, module
+
+    def _resolve_predictor(self, config: STLoraConfig) -> None:
+        spec = spec_of(self.model)
+        if config.predictor == "auto":
+            config.predictor = None
+            if config.conditioning != "shared" and spec is not None:
+                config.predictor = PredictorConfig(input_layout=spec.input_layout, output_layout=spec.output_layout)
+            elif config.conditioning != "shared":
+                logger.warning(
+                    "The node-specific predictor is off: the output layout of %s is not known. Switch it on with "
+                    "STLoraConfig(predictor=PredictorConfig(window=..., horizon=..., in_channels=..., out_channels=...)).",
+                    type(self.model).__name__,
+                )
+        if isinstance(config.predictor, PredictorConfig):
+            for name in ("window", "horizon", "in_channels", "out_channels"):
+                if getattr(config.predictor, name) is None:
+                    setattr(config.predictor, name, getattr(self.model, name, None))
+                required_size(config.predictor, name)
+            for name in ("window", "horizon"):
+                if getattr(config, name) is None:
+                    setattr(config, name, getattr(config.predictor, name))
+
+    def _resolve_node_bound(self, config: STLoraConfig) -> None:
+        if config.node_bound is None:
+            spec = spec_of(self.model)
+            config.node_bound = list(spec.node_bound) if spec and config.num_nodes is not None else []
+        for name in config.node_bound:
+            module = _named(self.model, name)
+            bound_size(module.base_layer if isinstance(module, NodeBoundLayer) else module, name)
+
+    def _check_targets(self, config: STLoraConfig) -> None:
+        for key, module in self._candidates():
+            if check_target_module_exists(config, key):
+                base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+                parent = self.model.get_submodule(key.rpartition(".")[0])
+                _check_supported(base, key, parent)
+        needs_root = config.conditioning == "embedding" or config.predictor is not None
+        if needs_root and isinstance(self.model, (nn.Sequential, nn.ModuleList)):
+            raise ValueError(
+                message(
+                    f"a {type(self.model).__name__} cannot hold node vectors or a predictor",
+                    expected="a backbone with a forward of its own",
+                    got=f"a bare {type(self.model).__name__}, which would call them as layers",
+                    fix="wrap it in an nn.Module, or use conditioning='gate' and predictor=None",
+                )
+            )
+
+    def _resolve_fingerprint(self, config: STLoraConfig, name: str) -> None:
+        found = fingerprint(self.model)
+        if config.base_fingerprint is not None:
+            check_fingerprint(config.base_fingerprint, found, name)
+        elif config.freeze_backbone:
+            config.base_fingerprint = found
+
+    # -- injection --------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Put an adapter on the backbone, as PEFT's method of this name does.
+
+        Args:
+            model: The backbone.
+            adapter_name: Name of the adapter.
+            autocast_adapter_dtype: Keep adapter weights in float32 on a half-precision backbone.
+            low_cpu_mem_usage: Make the adapter's weights on the meta device, to be loaded afterwards.
+            state_dict: Take the layers to adapt from the keys of an adapter's state dict.
+        """
+        config = cast(STLoraConfig, self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            self._add_city_modules(model, adapter_name, config)
+        for module in model.modules():
+            if isinstance(module, (NodeBoundLayer, NodeTable, PredictorLayer)):
+                module.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._keep_frozen_statistics()
+
+    def _add_city_modules(self, model: nn.Module, adapter_name: str, config: STLoraConfig) -> None:
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        table = None
+        if config.conditioning == "embedding":
+            if not hasattr(model, TABLE_ATTRIBUTE):
+                setattr(model, TABLE_ATTRIBUTE, NodeTable(model))
+            table = cast(NodeTable, getattr(model, TABLE_ATTRIBUTE))
+            table.update_layer(adapter_name, config.num_nodes or 0, config.emb_size, like)
+            for layer in self._layers():
+                if adapter_name in layer.nall_B:
+                    layer.node_table[adapter_name] = table
+        if config.predictor is not None:
+            attach_predictor(model).update_layer(adapter_name, config, like, table)
+        for name in config.node_bound or []:
+            module = _named(model, name)
+            if not isinstance(module, NodeBoundLayer):
+                parent, _, child = name.rpartition(".")
+                wrapper = NodeBoundLayer(module, name)
+                self._replace_module(model.get_submodule(parent), child, wrapper, module)
+                module = wrapper
+            module.update_layer(adapter_name, config.num_nodes or 0)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        config = cast(STLoraConfig, peft_config)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        _check_supported(base, current_key, parent)
+        rank_key = get_pattern_key(list(config.rank_pattern), current_key)
+        alpha_key = get_pattern_key(list(config.alpha_pattern), current_key)
+        layer = target if isinstance(target, STLoraLayer) else cast(Any, host_class(target))(target, current_key)
+        layer.update_layer(
+            adapter_name,
+            config,
+            r=config.rank_pattern.get(rank_key, config.r),
+            lora_alpha=config.alpha_pattern.get(alpha_key, config.lora_alpha),
+            layout=self._layout(config, current_key, layer),
+        )
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _layout(self, config: STLoraConfig, key: str, layer: STLoraLayer) -> str | None:
+        spec = spec_of(self.model)
+        for patterns in (config.node_layout, spec.node_layout if spec else {}):
+            for name, pattern in patterns.items():
+                if key == name or key.endswith(f".{name}"):
+                    return pattern
+        return known_layout(self.model, key) or layer.default_layout
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Replace a module under every parent that holds it."""
+        setattr(parent, child_name, new_module)
+        for module in self.model.modules():
+            if module is new_module:
+                continue
+            for name, held in list(module._modules.items()):
+                if held is child:
+                    setattr(module, name, new_module)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        if any(part in key.split(".") for part in ("original_module", "modules_to_save")):
+            return False
+        return check_target_module_exists(peft_config, key)
+
+    # -- training mode ----------------------------------------------------------------------------------
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        self._train_backbone(model)
+
+    def _train_backbone(self, model: nn.Module) -> None:
+        """Let the backbone train, or not, as the active adapters say; without a joint adapter it is left as it is."""
+        configs = cast(dict[str, STLoraConfig], self.peft_config)
+        if all(config.freeze_backbone for config in configs.values()):
+            return
+        own = {id(p) for m in model.modules() for p in _adapter_parameters(m)}
+        for parameter in model.parameters():
+            if id(parameter) not in own and parameter.is_floating_point():
+                parameter.requires_grad = not self._frozen()
+
+    def _frozen(self) -> bool:
+        configs = [cast(STLoraConfig, self.peft_config[n]) for n in self.active_adapters if n in self.peft_config]
+        return all(config.freeze_backbone or config.inference_mode for config in configs)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones.
+
+        Args:
+            adapter_name: Name or names.
+            inference_mode: Do not train them.
+        """
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._train_backbone(self.model)
+        self._keep_frozen_statistics()
+
+    def train(self, mode: bool = True) -> STLoraModel:
+        """Set training mode; running statistics of a frozen backbone stay as they are."""
+        super().train(mode)
+        self._keep_frozen_statistics()
+        return self
+
+    def _keep_frozen_statistics(self) -> None:
+        if self._frozen():
+            for module in _frozen_norms(self.model):
+                module.eval()
+
+    # -- merging, unloading, batches of several cities ----------------------------------------------------
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for module in self.model.modules():
+            if isinstance(module, NodeBoundLayer):
+                module.match_statistics(adapter_name)
+
+    def _layers(self) -> Iterator[STLoraLayer]:
+        return (module for module in self.model.modules() if isinstance(module, STLoraLayer))
+
+    def _check_merge_allowed(self, adapter_names: list[str] | None = None) -> None:
+        super()._check_merge_allowed()
+        for name in adapter_names or self.active_adapters:
+            for layer in self._layers():
+                if name in layer.nall_B:
+                    check_mergeable(layer.merge_refusal(name), name, layer.name)
+            predictor = getattr(self.model, ATTRIBUTE, None)
+            if predictor is not None and name in predictor.nall_predictor:
+                check_mergeable("the node-specific predictor is a network of its own", name, "the backbone")
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold shared adapters into the backbone's weights.
+
+        Raises:
+            ValueError: If an adapter depends on the node. Nothing is changed then.
+        """
+        self._check_merge_allowed(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge_allowed(adapter_names)
+        detach_predictor(self.model)
+        if hasattr(self.model, TABLE_ATTRIBUTE):
+            delattr(self.model, TABLE_ATTRIBUTE)
+        model = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        if hasattr(model, "peft_config"):  # PEFT 0.18 leaves it there
+            del model.peft_config
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                message(
+                    "adapters cannot be mixed in one batch",
+                    expected="one active adapter for the whole batch",
+                    got=f"adapter_names={kwargs['adapter_names']}",
+                    fix="call set_adapter(<city>) and pass that city's rows; cities differ in their nodes",
+                )
+            )
+        yield
+
+
+def _check_supported(layer: nn.Module, key: str, parent: nn.Module) -> None:
+    """Raise unless ``layer`` can be adapted."""
+    host = host_class(layer)
+    reason = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    if host is not None:
+        refusal = host.refusal(layer)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            refusal = "nn.TransformerEncoderLayer reads its weights without calling it when it does not train"
+        if refusal is None:
+            return
+        reason = f"{reason}; {refusal}"
+    works = ", ".join(f"{cls.__module__.split('.')[0]}.nn.{cls.__name__}" for cls in host_layers())
+    raise ValueError(
+        message(
+            f"layer '{key}' cannot be adapted",
+            expected=f"one of {works}",
+            got=reason,
+            fix="leave it out of target_modules (or name it in exclude_modules), or train it with modules_to_save",
+        )
+    )
+
+
+def _adapter_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters whose training PEFT switches: those of adapters and of modules_to_save."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        yield from module.parameters()
+    elif isinstance(module, BaseTunerLayer):
+        for name in module.adapter_layer_names:
+            yield from cast(nn.Module, getattr(module, name)).parameters()
+
+
+def _frozen_norms(model: nn.Module) -> Iterator[nn.Module]:
+    """Normalisation layers with running statistics that are neither node-bound copies nor trained copies."""
+    pattern = re.compile(r"(^|\.)(nall_node_bound|modules_to_save)\.")
+    for name, module in model.named_modules():
+        if isinstance(module, _NormBase) and not pattern.search(name):
+            yield module

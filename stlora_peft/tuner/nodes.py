@@ -1,0 +1,84 @@
+"""Node vectors that all adapted layers of one adapter share."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+
+class AdapterModule(nn.Module, BaseTunerLayer):
+    """What PEFT expects of every module that holds adapters, whether it wraps a layer or not."""
+
+    in_features = 0
+    out_features = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merged_adapters = []
+        self._disable_adapters = False
+        self._active_adapter = []
+        self.cast_input_dtype_enabled = True
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to the device of the backbone, in the dtype that it was loaded in."""
+        # PEFT reads `.weight`, which recurrent and graph layers lack, and rounds to the backbone's dtype.
+        device = device or next((p.device for p in self.get_base_layer().parameters()), None)
+        for attribute in self.adapter_layer_names:
+            values = getattr(self, attribute)
+            if adapter_name in values and not any(p.is_meta for p in values.parameters()):
+                values[adapter_name] = values[adapter_name].to(device)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Node-conditioned updates are no plain LoRA."""
+        return False
+
+
+class CityModule(AdapterModule):
+    """What an adapter has once for its city, beside the layers that it adapts.
+
+    Args:
+        backbone: Where it lives; its device is the adapter's.
+    """
+
+    other_param_names: tuple[str, ...] = ()
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self._backbone = (backbone,)  # in a tuple, or it would be a sub-module
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the backbone."""
+        return self._backbone[0]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing to fold: adapters that need this module are refused before."""
+
+    def unmerge(self) -> None:
+        """Nothing was folded."""
+
+
+class NodeTable(CityModule):
+    r"""One vector :math:`e_i` for each node and adapter, for ``conditioning="embedding"``.
+
+    Starts from a standard normal distribution; the maps that read it start at zero.
+
+    Shapes:
+        - **nall_emb[adapter]:** :math:`(N, d)`
+    """
+
+    adapter_layer_names = ("nall_emb",)
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__(backbone)
+        self.nall_emb = nn.ParameterDict()
+
+    def update_layer(self, adapter_name: str, num_nodes: int, emb_size: int, like: Tensor) -> None:
+        """Add the vectors of an adapter."""
+        dtype = like.dtype if like.dtype.is_floating_point else torch.float32
+        self.nall_emb[adapter_name] = nn.Parameter(torch.randn(num_nodes, emb_size, dtype=dtype, device=like.device))
+
+    def vectors(self, adapter_name: str) -> Tensor:
+        """Vectors of an adapter, shape (N, emb_size)."""
+        table: Tensor = self.nall_emb[adapter_name]
+        return table
