@@ -1,0 +1,195 @@
+"""What watches a training: the best state so far, when to stop, and the progress bar."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from stlora_peft.checkpoints import copy_state, newest_checkpoint, trainable_state
+
+
+class KeepBest(TrainerCallback):
+    """Keeps a copy of the best state by validation error and stops when it has not improved for a while.
+
+    The evaluation before the first step counts: training never returns a model that validates worse than the one it
+    was given. Only what training can change is copied.
+
+    Args:
+        patience: Evaluations in a row without an improvement after which training stops.
+
+    Attributes:
+        best_mae: Lowest validation error so far.
+        best_epoch: Epoch after which it was measured; 0 is the untrained model.
+        waited: Evaluations since then.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.best_mae = float("inf")
+        self.best_epoch = 0
+        self.waited = 0
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience has run out."""
+        return self.waited >= self.patience
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compare with the best; a NaN is never better."""
+        mae = kwargs["metrics"]["eval_mae"]
+        if not self.tensors or mae < self.best_mae:
+            live = trainable_state(kwargs["model"])
+            self.tensors = {name: tensor.detach().clone() for name, tensor in live.items()}
+            self.best_mae = mae if mae == mae else float("inf")
+            self.best_epoch = round(state.epoch or 0)
+            self.waited = 0
+        else:
+            self.waited += 1
+        control.should_training_stop |= self.exhausted
+
+    def restore(self, model: nn.Module) -> None:
+        """Write the best state back into a model."""
+        copy_state(self.tensors, model)
+
+
+class KeepNewest(TrainerCallback):
+    """Deletes the older checkpoints when a newer one is complete.
+
+    The Trainer's own ``save_total_limit`` goes by the files' times, and warns where those are not reliable.
+    """
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Delete every other checkpoint."""
+        newest = newest_checkpoint(args.output_dir or ".")
+        if newest is not None and args.should_save:
+            for folder in newest.parent.glob("checkpoint-*"):
+                if folder != newest:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+class ProgressBar(TrainerCallback):
+    """Draws a training on a rich progress display: the steps done, the epoch, the validation error.
+
+    Args:
+        description: Words before the bar.
+        progress: Display that other bars share; where it is None the bar has one of its own, on standard error.
+    """
+
+    def __init__(self, description: str = "training", progress: Progress | None = None) -> None:
+        self._description = description
+        self._shared = progress
+        self._progress = progress or new_progress()
+        self._task: TaskID | None = None
+        self._best = float("inf")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar."""
+        if self._shared is None:
+            self._progress.start()
+        self._task = self._progress.add_task(
+            self._description, total=state.max_steps, completed=state.global_step, note=""
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Advance the bar by a step."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the epoch and the validation error behind the bar."""
+        if self._task is not None:
+            mae = kwargs["metrics"]["eval_mae"]
+            self._best = min(self._best, mae)
+            note = f"epoch {round(state.epoch or 0)}, validation MAE {mae:.4g} (best {self._best:.4g})"
+            self._progress.update(self._task, note=note)
+
+    def close(self) -> None:
+        """Take the bar away, or leave its last state where it has a display of its own."""
+        if self._task is None:
+            return
+        if self._shared is None:
+            self._progress.stop()
+        else:
+            self._progress.remove_task(self._task)
+        self._task = None
+
+    def __enter__(self) -> ProgressBar:
+        """Return the bar; it shows when training begins."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the bar, also when training breaks off."""
+        self.close()
+
+
+class JobBars:
+    """A bar that counts jobs, and below it one for the training that is under way.
+
+    Args:
+        description: Words before the upper bar.
+        total: Number of jobs.
+        show: Draw them; otherwise nothing is printed.
+    """
+
+    def __init__(self, description: str, total: int, show: bool) -> None:
+        self._progress = new_progress() if show else None
+        self._task = self._progress.add_task(description, total=total, note="") if self._progress else None
+
+    def advance(self, note: str) -> None:
+        """Count a job that is done, and say what came of it."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, advance=1, note=note)
+
+    @contextmanager
+    def job(self, description: str) -> Iterator[list[TrainerCallback]]:
+        """Yield the callbacks that draw one training, and take its bar away afterwards."""
+        if self._progress is None:
+            yield []
+            return
+        with ProgressBar(description, self._progress) as bar:
+            yield [bar]
+
+    def __enter__(self) -> JobBars:
+        """Show the upper bar."""
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the upper bar as it stands."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def new_progress() -> Progress:
+    """Return a progress display on standard error that knows a column ``note``."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    )

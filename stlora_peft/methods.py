@@ -1,0 +1,203 @@
+"""Ways to bring a pretrained backbone to another city, each as the model that it would train."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from stlora_peft.data import CityData, Windows
+from stlora_peft.errors import message
+from stlora_peft.evaluation import window_batches
+from stlora_peft.tuner.config import STLoraConfig
+from stlora_peft.tuner.node_bound import rebuild
+from stlora_peft.tuner.reestimation import reestimate
+from stlora_peft.tuner.spec import BackboneSpec
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is ready to be trained on a city.
+
+    Args:
+        model: What is to be trained are the parameters that require gradients.
+        implementation: How the method was realised on this backbone.
+    """
+
+    model: nn.Module
+    implementation: str
+
+
+Build = Callable[[nn.Module, CityData], Candidate]
+"""Makes an untrained model from a pristine backbone, which it does not change."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to bring a backbone to a city.
+
+    Args:
+        description: What it does, in one line.
+        build: Makes the model; None where the method has none.
+        trained: Whether the model is trained.
+    """
+
+    description: str
+    build: Build | None
+    trained: bool = True
+
+
+def build_adapter(backbone: nn.Module, data: CityData, **settings: Any) -> PeftModel:
+    """Put a new ST-LoRA adapter for a city on a copy of a backbone.
+
+    Node-bound normalisation statistics are re-estimated on the city's training windows.
+
+    Args:
+        backbone: The backbone as it was pretrained; it is not changed.
+        data: The city. Its nodes, its scaler, window and horizon are noted in the adapter's configuration.
+        **settings: Arguments of :class:`stlora_peft.STLoraConfig` that differ from its defaults.
+
+    Returns:
+        The model, its adapter without effect so far.
+
+    Raises:
+        ValueError: If a setting is out of range, or does not fit the backbone.
+
+    Example:
+        >>> from stlora_peft.backbones import build_backbone
+        >>> from stlora_peft.data import adaptation_split, prepare, simulate_city
+        >>> city = simulate_city(num_nodes=4, days=4, seed=0)
+        >>> split = adaptation_split(city.num_steps, city.steps_per_day, days=1)
+        >>> data = prepare(city, split, window=12, horizon=12)
+        >>> build_adapter(build_backbone("lstm", in_channels=3), data, r=4).peft_config["default"].num_nodes
+        4
+    """
+    known = {
+        "num_nodes": data.city.num_nodes,
+        "node_ids": list(data.city.node_ids),
+        "scaler": data.scaler.to_dict(),
+        "window": data.train.window,
+        "horizon": data.train.horizon,
+    }
+    model = get_peft_model(copy.deepcopy(backbone), STLoraConfig(**{**known, **settings}))
+    reestimate(model, forward_batches(data.train, data))
+    return model
+
+
+def forward_batches(windows: Windows, data: CityData, batch_size: int = 64) -> Iterator[dict[str, torch.Tensor]]:
+    """Gather the arguments of a backbone's ``forward`` batch by batch, as ``reestimate`` takes them.
+
+    Args:
+        windows: The windows.
+        data: The city they come from, with its graph.
+        batch_size: Windows in one batch.
+
+    Yields:
+        Keyword arguments ``x``, ``edge_index``, ``edge_weight``.
+    """
+    for batch in window_batches(windows, batch_size):
+        yield {"x": batch["x"], "edge_index": data.edge_index, "edge_weight": data.edge_weight}
+
+
+def _zero_shot(backbone: nn.Module, data: CityData) -> Candidate:
+    return Candidate(rebuild(backbone, data.city.num_nodes), "as pretrained")
+
+
+def _head(backbone: nn.Module, data: CityData) -> Candidate:
+    spec, model = _spec(backbone), _rebuilt(backbone, data)
+    model.requires_grad_(False)
+    for name in (*spec.head, *spec.node_bound):
+        model.get_submodule(name).requires_grad_(True)
+    return Candidate(model, f"layers {', '.join(spec.head)}")
+
+
+def _full(backbone: nn.Module, data: CityData) -> Candidate:
+    return Candidate(_rebuilt(backbone, data).requires_grad_(True), "every parameter")
+
+
+def _lora(backbone: nn.Module, data: CityData) -> Candidate:
+    spec = _spec(backbone)
+    default = STLoraConfig()
+    config = LoraConfig(
+        r=default.r,
+        lora_alpha=int(default.lora_alpha),
+        target_modules=list(spec.target_modules),
+        modules_to_save=list(spec.node_bound) or None,
+    )
+    try:
+        return Candidate(get_peft_model(_rebuilt(backbone, data), config), "peft.LoraConfig")
+    except ValueError:  # PEFT refuses a target: graph convolutions and recurrent layers are not its own
+        model = build_adapter(backbone, data, conditioning="shared", predictor=None)
+        return Candidate(model, 'STLoraConfig(conditioning="shared", predictor=None)')
+
+
+def _st_lora(backbone: nn.Module, data: CityData) -> Candidate:
+    return Candidate(build_adapter(backbone, data), "STLoraConfig(num_nodes=N)")
+
+
+METHODS: dict[str, Method] = {
+    "zero-shot": Method("the backbone as it is, with the new city's scaler", _zero_shot, trained=False),
+    "persistence": Method("the last reading, at every step; no model", None, trained=False),
+    "head": Method("train the layers that make the forecast from the last hidden state", _head),
+    "full": Method("train every parameter", _full),
+    "lora": Method("train low-rank updates that all nodes share", _lora),
+    "st-lora": Method("train node-conditioned low-rank updates and the node-specific predictor", _st_lora),
+}
+"""Methods by name. Every trained method re-estimates and trains the modules that are bound to the number of nodes."""
+
+
+def find_methods(names: Iterable[str]) -> dict[str, Method]:
+    """Look methods up.
+
+    Args:
+        names: Names of :data:`METHODS`.
+
+    Returns:
+        The methods by name, in the order given.
+
+    Raises:
+        ValueError: If a name is unknown.
+
+    Example:
+        >>> list(find_methods(["full", "st-lora"]))
+        ['full', 'st-lora']
+    """
+    names = list(names)
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        raise ValueError(
+            message(
+                "unknown method" if unknown else "no method was given",
+                expected=f"names of {', '.join(METHODS)}",
+                got=", ".join(unknown) or "none",
+                fix="correct the list of methods",
+            )
+        )
+    return {name: METHODS[name] for name in names}
+
+
+def _rebuilt(backbone: nn.Module, data: CityData) -> nn.Module:
+    """Copy the backbone, make it fit the city and re-estimate its node-bound statistics."""
+    model = rebuild(backbone, data.city.num_nodes)
+    reestimate(model, forward_batches(data.train, data))
+    return model
+
+
+def _spec(backbone: nn.Module) -> BackboneSpec:
+    """Return what the backbone says about its layers."""
+    spec = getattr(backbone, "stlora_spec", None)
+    if not isinstance(spec, BackboneSpec):
+        raise ValueError(
+            message(
+                f"backbone '{type(backbone).__name__}' does not say which layers these methods train",
+                expected="a class attribute stlora_spec of type BackboneSpec",
+                got="none",
+                fix="add one to the class, or compare the methods zero-shot, persistence and full only",
+            )
+        )
+    return spec

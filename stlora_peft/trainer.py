@@ -1,0 +1,189 @@
+"""``transformers.Trainer`` with this package's loss, validation and checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, TrainerState
+
+from stlora_peft.callbacks import KeepBest, KeepNewest
+from stlora_peft.checkpoints import TRAINER_STATE, load_checkpoint, newest_checkpoint, save_checkpoint, signature
+from stlora_peft.data import CityData
+from stlora_peft.evaluation import evaluate
+from stlora_peft.metrics import masked_mae
+from stlora_peft.training import TrainingOptions
+
+
+def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[str, Any]]:
+    """Group the trainable parameters for the optimiser: matrices decay, vectors and scalars do not.
+
+    Args:
+        model: The model to train.
+        options: How to train.
+
+    Returns:
+        Parameter groups as ``torch.optim`` takes them.
+
+    Example:
+        >>> [len(group["params"]) for group in parameter_groups(nn.Linear(2, 2), TrainingOptions())]
+        [1, 1]
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": options.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class CityTrainer(Trainer):
+    """The Trainer of a forecaster; :func:`stlora_peft.training.train` is its use.
+
+    Args:
+        model: The model to train.
+        data: The city to train it on.
+        options: How to train.
+        folder: Folder for checkpoints.
+        keep: Write checkpoints, and go on from those that are there.
+        best: Callback that holds the best state.
+        watchers: Every callback, ``best`` among them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: CityData,
+        options: TrainingOptions,
+        folder: Path,
+        *,
+        keep: bool,
+        best: KeepBest,
+        watchers: list[TrainerCallback],
+    ) -> None:
+        optimizer = torch.optim.AdamW(parameter_groups(model, options), lr=options.learning_rate)
+        super().__init__(
+            model=model,
+            args=_arguments(options, folder, keep),
+            data_collator=_as_it_is,
+            train_dataset=data.train,
+            eval_dataset=data.val,
+            callbacks=[*watchers, KeepNewest()],
+            optimizers=(optimizer, None),
+        )
+        self.remove_callback(PrinterCallback)
+        self._forecaster = model
+        self._folder = folder
+        self._data = data
+        self._options = options
+        self._best = best
+        self._edges = (data.edge_index.to(self.args.device), data.edge_weight.to(self.args.device))
+        self._frozen_norms = _frozen_norms(model)
+        self._signature = signature(model, data, options)
+
+    def run(self) -> None:
+        """Train, going on from a checkpoint where there is one, and leave the model in its best state."""
+        newest = newest_checkpoint(self._folder)
+        if newest is None:
+            self._guarded_train(None)
+        else:
+            load_checkpoint(newest, self._forecaster, self._best, self._signature)
+            self.state = TrainerState.load_from_json(str(newest / TRAINER_STATE))
+            self.args.eval_on_start = False
+            if not self._best.exhausted and (self.state.epoch or 0) < self._options.max_epochs:
+                self._guarded_train(str(newest))
+        self._best.restore(self._forecaster)
+        self._forecaster.eval()
+
+    def _guarded_train(self, checkpoint: str | None) -> None:
+        """Run the Trainer's loop and take off what accelerate put around the model."""
+        own_forward = "forward" in vars(self._forecaster)
+        try:
+            self.train(resume_from_checkpoint=checkpoint)
+        finally:
+            self.accelerator.unwrap_model(self._forecaster, keep_fp32_wrapper=False)
+            if not own_forward:
+                vars(self._forecaster).pop("forward", None)  # autocast leaves the class's method on the instance
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the masked MAE of a batch in the city's units."""
+        for norm in self._frozen_norms:
+            norm.eval()
+        scaled = model(inputs["x"], *self._edges)
+        forecast = self._data.scaler.inverse(scaled.float())
+        loss = masked_mae(forecast, inputs["y"])
+        return (loss, forecast) if return_outputs else loss
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Return the masked MAE over all windows; the Trainer's own loop would average over batches."""
+        windows = eval_dataset or self._data.val
+        errors = evaluate(self._forecaster, windows, self._data, batch_size=self._options.eval_batch_size)
+        metrics = {f"{metric_key_prefix}_mae": errors.mae}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what training changes, the best state and the progress, as safetensors and JSON."""
+        if self.args.should_save:
+            save_checkpoint(output_dir or self._folder, self._forecaster, self._best, self._signature)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Leave the model as it is: :meth:`run` has loaded what :meth:`save_model` wrote."""
+
+
+def _arguments(options: TrainingOptions, folder: Path, keep: bool) -> TrainingArguments:
+    """Translate the options for the Trainer; whatever is not said here would be slow, noisy or sent somewhere."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=options.max_epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.eval_batch_size,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="constant",
+        max_grad_norm=options.max_grad_norm,
+        seed=options.seed,
+        use_cpu=not torch.accelerator.is_available(),  # says so aloud, or bf16 would be refused
+        bf16=options.mixed_precision == "bf16",
+        fp16=options.mixed_precision == "fp16",
+        eval_strategy="epoch",
+        eval_on_start=True,
+        save_strategy="epoch" if keep else "no",
+        logging_strategy="epoch",
+        logging_nan_inf_filter=False,  # it waits for the device at every step
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["y"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # DataParallel would split the edges along with the batch
+    return arguments
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Take the batch as the windows have gathered it."""
+    return batch
+
+
+def _frozen_norms(model: nn.Module) -> list[nn.Module]:
+    """Batch normalisations whose weights are frozen: their running statistics must not drift either."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [norm for norm in norms if norm.weight is not None and not norm.weight.requires_grad]

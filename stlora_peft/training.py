@@ -1,0 +1,218 @@
+"""Training of a backbone or an adapter on a city, on ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from stlora_peft.data import CityData
+from stlora_peft.errors import message
+from stlora_peft.evaluation import check_fit, window_batches
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a model is trained; the same for a backbone and for an adapter.
+
+    Args:
+        learning_rate: Step size of AdamW, constant over the training.
+        weight_decay: Decoupled weight decay, on matrices only (not on biases, norms and other vectors).
+        max_epochs: Passes over the training windows at most.
+        patience: Passes in a row without a better validation error after which training stops.
+        batch_size: Windows in one step.
+        eval_batch_size: Windows in one forward pass of the validation.
+        max_grad_norm: Longer gradients are shortened to this norm; 0 leaves them as they are.
+        seed: Seed of the order of the windows and of dropout.
+        mixed_precision: Number format of the forward pass: ``"no"`` (float32), ``"bf16"`` or ``"fp16"``.
+        progress: Draw a progress bar on standard error.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    Example:
+        >>> TrainingOptions(learning_rate=3e-3, max_epochs=5).batch_size
+        32
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    max_epochs: int = 50
+    patience: int = 5
+    batch_size: int = 32
+    eval_batch_size: int = 64
+    max_grad_norm: float = 5.0
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        for name in ("max_epochs", "patience", "batch_size", "eval_batch_size"):
+            self._require(name, getattr(self, name) >= 1, f"{name} >= 1")
+        for name in ("weight_decay", "max_grad_norm", "seed"):
+            self._require(name, getattr(self, name) >= 0, f"{name} >= 0")
+        self._require("learning_rate", self.learning_rate > 0, "learning_rate > 0")
+        self._require("mixed_precision", self.mixed_precision in ("no", "bf16", "fp16"), "'no', 'bf16' or 'fp16'")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        """Raise unless the condition on the option holds."""
+        if not holds:
+            raise ValueError(
+                message(
+                    f"training option '{name}' is out of range",
+                    expected=expected,
+                    got=f"{name} = {getattr(self, name)!r}",
+                    fix=f"give another {name}",
+                )
+            )
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What came out of a training.
+
+    Args:
+        best_val_mae: Lowest validation MAE; the model is left in the state that reached it.
+        best_epoch: Passes over the data after which it was reached; 0 means that training did not help and the model
+            is as it was given.
+        epochs: Passes that were made.
+        seconds: Wall time, validation included.
+        history: One entry for each validation: ``epoch``, ``val_mae`` and, after the first, ``train_mae``.
+
+    Units:
+        Errors in the city's units.
+    """
+
+    best_val_mae: float
+    best_epoch: int
+    epochs: int
+    seconds: float
+    history: tuple[dict[str, float], ...] = field(default=(), repr=False)
+
+
+def train(
+    model: nn.Module,
+    data: CityData,
+    options: TrainingOptions | None = None,
+    *,
+    output_dir: str | os.PathLike[str] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainingResult:
+    """Train the parameters of a model that require gradients, in place.
+
+    The loss is the masked mean absolute error in the city's units. The model is validated before the first step and
+    after every pass over the data, and ends in its best state, which may be the one it came in. The same seed gives
+    the same numbers bit for bit on the same machine. Modules that are bound to the number of nodes must fit the city
+    already, see :func:`stlora_peft.tuner.rebuild` and :func:`stlora_peft.tuner.reestimate`.
+
+    Args:
+        model: A backbone, or a :class:`peft.PeftModel` around one. ``accelerate`` chooses the device and leaves the
+            model there.
+        data: The city with its training and validation windows, its scaler and its graph.
+        options: How to train.
+        output_dir: Folder for checkpoints (safetensors, JSON, and the Trainer's own optimiser files). A training that
+            was interrupted goes on from the newest of them. Without it nothing is written.
+        callbacks: Further callbacks of the Trainer.
+
+    Returns:
+        The best validation error and how it was reached.
+
+    Raises:
+        ValueError: If window, horizon or channels of the data do not fit the model, if nothing can be trained or
+            validated, or if ``output_dir`` holds the checkpoints of another training.
+
+    Example:
+        >>> from stlora_peft.backbones import build_backbone
+        >>> from stlora_peft.data import adaptation_split, prepare, simulate_city
+        >>> city = simulate_city(num_nodes=4, days=4, seed=0)
+        >>> split = adaptation_split(city.num_steps, city.steps_per_day, days=1)
+        >>> model = build_backbone("lstm", in_channels=3, hidden_size=4)
+        >>> options = TrainingOptions(max_epochs=1, progress=False)
+        >>> train(model, prepare(city, split, window=12, horizon=12), options).epochs
+        1
+    """
+    from stlora_peft.callbacks import KeepBest, ProgressBar  # these need the Trainer, which is slow to import
+    from stlora_peft.trainer import CityTrainer
+
+    options = options or TrainingOptions()
+    _check_trainable(model, data)
+    best = KeepBest(options.patience)
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        if output_dir is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            folder = Path(output_dir)
+        watchers: list[TrainerCallback] = [best, *callbacks]
+        if options.progress:
+            watchers.append(stack.enter_context(ProgressBar()))
+        stack.enter_context(_deterministic())
+        trainer = CityTrainer(model, data, options, folder, keep=output_dir is not None, best=best, watchers=watchers)
+        trainer.run()
+    return TrainingResult(
+        best_val_mae=best.best_mae,
+        best_epoch=best.best_epoch,
+        epochs=round(trainer.state.epoch or 0),
+        seconds=time.perf_counter() - began,
+        history=tuple(_history(trainer.state.log_history)),
+    )
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Ask CUDA for kernels that give the same numbers every time; the CPU's do."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _check_trainable(model: nn.Module, data: CityData) -> None:
+    """Refuse what cannot be trained, before anything is changed."""
+    check_fit(model, data.train)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            message(
+                "nothing to train",
+                expected="at least one parameter that requires gradients",
+                got="a model whose parameters are all frozen",
+                fix="add an adapter with get_peft_model, or call requires_grad_(True) on what shall be trained",
+            )
+        )
+    for part, windows in (("training", data.train), ("validation", data.val)):
+        if not any(bool(torch.isfinite(batch["y"]).any()) for batch in window_batches(windows, 64)):
+            raise ValueError(
+                message(
+                    f"no {part} window of city '{data.city.name}' has a truth to compare with",
+                    expected="at least one window with a measured value",
+                    got=f"{len(windows)} windows",
+                    fix="give more days",
+                )
+            )
+
+
+def _history(log: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Merge the Trainer's log into one entry for each validation."""
+    entries: dict[int, dict[str, float]] = {}
+    for line in log:
+        entry = entries.setdefault(round(line["epoch"]), {"epoch": round(line["epoch"])})
+        entry |= {new: line[old] for old, new in (("loss", "train_mae"), ("eval_mae", "val_mae")) if old in line}
+    return [entry for entry in entries.values() if "val_mae" in entry]

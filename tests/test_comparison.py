@@ -1,0 +1,181 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_city import small_city
+
+from stlora_peft import comparison
+from stlora_peft.backbones import build_backbone
+from stlora_peft.comparison import Row, adaptation_data, adapter_bytes, compare
+from stlora_peft.data import Scaler
+from stlora_peft.evaluation import evaluate
+from stlora_peft.methods import METHODS
+from stlora_peft.storage import SavedBackbone, load_backbone, save_backbone
+from stlora_peft.training import TrainingOptions
+
+OPTIONS = TrainingOptions(max_epochs=2, progress=False)
+CITY = small_city(num_nodes=5)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> SavedBackbone:
+    torch.manual_seed(0)
+    backbone = build_backbone("stgcn", num_nodes=3, in_channels=3, hidden_channels=4, head_channels=4)
+    folder = tmp_path_factory.mktemp("base")
+    save_backbone(folder, backbone, scaler=Scaler(mean=(50.0,), std=(9.0,)), city="source")
+    return load_backbone(folder)
+
+
+@pytest.fixture(scope="module")
+def rows(saved: SavedBackbone) -> dict[str, Row]:
+    rates = (1e-3, 1e-2)
+    found = compare(
+        saved, CITY, days=8, methods=list(METHODS), seeds=[1], options=OPTIONS, learning_rates=rates, output_dir=None
+    )
+    return {row["method"]: row for row in found}
+
+
+def test_compare_gives_a_row_of_every_method_that_json_can_hold(rows: dict[str, Row]) -> None:
+    assert list(rows) == list(METHODS)
+    for row in rows.values():
+        assert (row["days"], row["seed"]) == (8, 1)
+        assert set(row["horizons"]) == {"3", "6", "12", "average"}
+        assert row["horizons"]["average"] == {name: row[name] for name in ("mae", "rmse", "mape")}
+        assert row["settings"] == rows["full"]["settings"]
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+
+
+def test_compare_trained_methods_take_a_rate_of_the_grid_and_validate_no_worse_than_the_start(
+    rows: dict[str, Row], saved: SavedBackbone
+) -> None:
+    data = adaptation_data(saved, CITY, 8)
+    start = evaluate(METHODS["full"].build(saved.backbone, data).model, data.val, data).mae
+    for name in ("head", "full", "lora", "st-lora"):
+        row = rows[name]
+        assert row["learning_rate"] in (1e-3, 1e-2)
+        assert row["best_val_mae"] <= start * (1 + 1e-5)
+        assert 0 < row["seconds"] < row["search_seconds"]
+        assert 0 < row["trainable_parameters"] <= row["total_parameters"]
+        assert row["adapter_bytes"] > 4 * row["trainable_parameters"]
+
+
+def test_compare_untrained_methods_store_and_train_nothing(rows: dict[str, Row], saved: SavedBackbone) -> None:
+    for name in ("zero-shot", "persistence"):
+        row = rows[name]
+        assert (row["trainable_parameters"], row["adapter_bytes"], row["seconds"]) == (0, 0, 0.0)
+        assert row["learning_rate"] is None
+    data = adaptation_data(saved, CITY, 8)
+    model = METHODS["zero-shot"].build(saved.backbone, data).model
+    assert rows["zero-shot"]["mae"] == evaluate(model, data.test, data).mae
+    assert rows["persistence"]["total_parameters"] == 0
+
+
+def test_compare_is_repeatable_whatever_ran_before_and_seeds_differ(saved: SavedBackbone) -> None:
+    def run(methods: list[str], seeds: list[int]) -> list[Row]:
+        return compare(saved, CITY, days=8, methods=methods, seeds=seeds, options=OPTIONS, learning_rates=[1e-2])
+
+    _, after_another_method = run(["head", "st-lora"], [1])
+    other_seed, after_another_seed = run(["st-lora"], [2, 1])
+    for key in ("mae", "rmse", "mape", "best_val_mae", "best_epoch"):
+        assert after_another_method[key] == after_another_seed[key]
+    assert other_seed["mae"] != after_another_seed["mae"]
+
+
+def test_compare_chooses_the_rate_on_validation_data(saved: SavedBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[str] = []
+    real = comparison.evaluate
+
+    def spy(model: torch.nn.Module, windows: object, data: object, **kwargs: int) -> object:
+        parts.append("test" if windows is data.test else "other")  # type: ignore[attr-defined]
+        return real(model, windows, data, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(comparison, "evaluate", spy)
+    rates = (1e-4, 1e-2)
+    (row,) = compare(saved, CITY, days=8, methods=["head"], seeds=[0], options=OPTIONS, learning_rates=rates)
+    alone = [
+        compare(saved, CITY, days=8, methods=["head"], seeds=[0], options=OPTIONS, learning_rates=[rate])[0]
+        for rate in rates
+    ]
+    best = min(alone, key=lambda one: one["best_val_mae"])
+    assert (row["learning_rate"], row["mae"]) == (best["learning_rate"], best["mae"])
+    assert parts == ["test"] * 3  # once for each comparison, whatever the grid
+
+
+def test_compare_resumes_and_writes_after_every_row(
+    saved: SavedBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(methods: list[str], seeds: list[int]) -> list[Row]:
+        return compare(
+            saved,
+            CITY,
+            days=8,
+            methods=methods,
+            seeds=seeds,
+            options=replace(OPTIONS, max_epochs=1),
+            learning_rates=[1e-3],
+            output_dir=tmp_path,
+        )
+
+    first = run(["zero-shot", "head"], [0])
+    assert json.loads((tmp_path / "results.json").read_text()) == first
+    trained: list[int] = []
+    real = comparison.train
+
+    def spy(model: torch.nn.Module, data: object, options: TrainingOptions, **kwargs: object) -> object:
+        trained.append(options.seed)
+        if options.seed == 2:
+            raise KeyboardInterrupt
+        return real(model, data, options, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(comparison, "train", spy)
+    with pytest.raises(KeyboardInterrupt):
+        run(["head"], [0, 1, 2])
+    assert trained == [1, 2]
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["method"], row["seed"]) for row in stored] == [("zero-shot", 0), ("head", 0), ("head", 1)]
+    assert run(["zero-shot", "head"], [0]) == first
+    assert trained == [1, 2]
+
+
+def test_compare_into_results_of_other_settings_raises(saved: SavedBackbone, tmp_path: Path) -> None:
+    compare(saved, CITY, days=8, methods=["zero-shot"], seeds=[0], options=OPTIONS, output_dir=tmp_path)
+    other = replace(OPTIONS, max_epochs=3)
+    with pytest.raises(ValueError, match="cannot be continued") as error:
+        compare(saved, CITY, days=8, methods=["zero-shot"], seeds=[0], options=other, output_dir=tmp_path)
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"results '{tmp_path / 'results.json'}' cannot be continued."
+    assert lines[1].startswith("  expected: rows of the settings ")
+    assert lines[2].startswith("  got:      rows of ")
+    assert lines[3] == "  to fix:   give another output folder, or delete the file to measure everything again"
+
+
+def test_compare_into_a_file_of_another_kind_raises(saved: SavedBackbone, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('[{"mae": 1.0}]')
+    with pytest.raises(ValueError, match="a list of rows with the keys days, method, seed, settings"):
+        compare(saved, CITY, days=8, methods=["zero-shot"], seeds=[0], options=OPTIONS, output_dir=tmp_path)
+    assert (tmp_path / "results.json").read_text() == '[{"mae": 1.0}]'
+
+
+@pytest.mark.parametrize("name", ["seeds", "learning_rates"])
+def test_compare_with_an_empty_list_raises(saved: SavedBackbone, name: str) -> None:
+    arguments = {"seeds": [0], "learning_rates": [1e-3], name: []}
+    with pytest.raises(ValueError, match=f"no {name} were given"):
+        compare(saved, CITY, days=8, methods=["full"], **arguments)
+
+
+def test_compare_shows_progress_on_standard_error(saved: SavedBackbone, capfd: pytest.CaptureFixture[str]) -> None:
+    options = TrainingOptions(max_epochs=1, progress=True)
+    (row,) = compare(saved, CITY, days=8, methods=["head"], seeds=[0], options=options, learning_rates=[1e-3])
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "compare" in err
+    assert f"head, seed 0: test MAE {row['mae']:.4g}" in err
+
+
+def test_adapter_bytes_is_the_size_of_the_adapter_file(saved: SavedBackbone) -> None:
+    data = adaptation_data(saved, CITY, 8)
+    sizes = {name: adapter_bytes(METHODS[name].build(saved.backbone, data).model) for name in ("head", "full", "lora")}
+    assert sizes["head"] < sizes["full"]
+    assert sizes["lora"] < sizes["full"] + 10_000

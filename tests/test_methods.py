@@ -1,0 +1,126 @@
+import pytest
+import torch
+from peft import PeftModel
+from small_city import small_city, small_data
+from torch import nn
+
+from stlora_peft.backbones import Forecaster, build_backbone
+from stlora_peft.data import CityData
+from stlora_peft.evaluation import evaluate
+from stlora_peft.methods import METHODS, build_adapter, find_methods
+
+BUILT = [name for name, method in METHODS.items() if method.build is not None]
+TRAINED = [name for name in BUILT if METHODS[name].trained]
+
+
+@pytest.fixture(scope="module")
+def data() -> CityData:
+    return small_data(small_city(num_nodes=5))
+
+
+def make(name: str) -> Forecaster:
+    torch.manual_seed(0)
+    if name == "lstm":
+        return build_backbone("lstm", in_channels=3, hidden_size=4)
+    backbone = build_backbone("stgcn", num_nodes=3, in_channels=3, hidden_channels=4, head_channels=4)
+    with torch.no_grad():
+        backbone.block1._batch_norm.running_mean += torch.arange(3.0)
+    return backbone
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("backbone", ["lstm", "stgcn"])
+@pytest.mark.parametrize("method", BUILT)
+def test_build_gives_a_model_of_the_city_and_leaves_the_backbone(data: CityData, backbone: str, method: str) -> None:
+    pristine = make(backbone)
+    candidate = METHODS[method].build(pristine, data)
+    batch = data.train.__getitems__([0, 1])["x"]
+    assert candidate.model(batch, data.edge_index, data.edge_weight).shape == (2, 12, 5, 1)
+    for name, value in make(backbone).state_dict().items():
+        assert torch.equal(pristine.state_dict()[name], value), name
+    assert all(parameter.requires_grad for parameter in pristine.parameters())
+
+
+@pytest.mark.parametrize("method", [name for name in TRAINED if name != "full"])
+def test_build_starts_every_trained_method_from_the_same_forecast(data: CityData, method: str) -> None:
+    full = METHODS["full"].build(make("stgcn"), data).model
+    other = METHODS[method].build(make("stgcn"), data).model
+    assert evaluate(other, data.val, data).mae == pytest.approx(evaluate(full, data.val, data).mae, rel=1e-5)
+
+
+def test_zero_shot_keeps_the_mean_statistics_and_the_others_re_estimate_them(data: CityData) -> None:
+    zero, full = (METHODS[name].build(make("stgcn"), data).model for name in ("zero-shot", "full"))
+    assert torch.equal(zero.block1._batch_norm.running_mean, torch.ones(5))
+    assert not torch.equal(full.block1._batch_norm.running_mean, torch.ones(5))
+
+
+def test_head_trains_head_and_node_bound_modules_only(data: CityData) -> None:
+    names = trainable(METHODS["head"].build(make("stgcn"), data).model)
+    assert names == {
+        f"{module}.{kind}"
+        for module in ("block1._batch_norm", "block2._batch_norm", "head.hidden", "head.output")
+        for kind in ("weight", "bias")
+    }
+
+
+def test_full_trains_everything(data: CityData) -> None:
+    model = METHODS["full"].build(make("stgcn").requires_grad_(False), data).model
+    assert trainable(model) == {name for name, _ in model.named_parameters()}
+
+
+def test_lora_says_which_implementation_it_is(data: CityData) -> None:
+    candidate = METHODS["lora"].build(make("stgcn"), data)
+    assert candidate.implementation == 'STLoraConfig(conditioning="shared", predictor=None)'
+    assert candidate.model.peft_config["default"].conditioning == "shared"
+
+
+def test_lora_is_pefts_own_where_peft_accepts_every_target(data: CityData) -> None:
+    class Linears(nn.Module):
+        from stlora_peft.tuner.spec import BackboneSpec
+
+        stlora_spec = BackboneSpec(target_modules=("hidden", "head"), head=("head",))
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.head = nn.Linear(3, 4), nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor, *edges: torch.Tensor) -> torch.Tensor:
+            return self.head(self.hidden(x))
+
+    candidate = METHODS["lora"].build(Linears(), data)
+    assert candidate.implementation == "peft.LoraConfig"
+    assert str(candidate.model.peft_config["default"].peft_type.value) == "LORA"
+    assert all("lora_" in name for name in trainable(candidate.model))
+
+
+def test_build_adapter_knows_the_city(data: CityData) -> None:
+    model = build_adapter(make("lstm"), data, r=3, conditioning="core")
+    config = model.peft_config["default"]
+    assert isinstance(model, PeftModel)
+    assert (config.num_nodes, config.r, config.conditioning) == (5, 3, "core")
+    assert config.node_ids == list(data.city.node_ids)
+    assert config.scaler == data.scaler.to_dict()
+    assert (config.window, config.horizon) == (12, 12)
+
+
+def test_methods_of_a_backbone_without_spec_say_what_is_missing(data: CityData) -> None:
+    with pytest.raises(ValueError, match="does not say which layers") as error:
+        METHODS["head"].build(nn.Linear(3, 1), data)
+    assert str(error.value).splitlines()[1] == "  expected: a class attribute stlora_spec of type BackboneSpec"
+
+
+@pytest.mark.parametrize(
+    ("names", "problem", "got"), [(["full", "magic"], "unknown method", "magic"), ([], "no method was given", "none")]
+)
+def test_find_methods_refuses(names: list[str], problem: str, got: str) -> None:
+    with pytest.raises(ValueError, match=problem) as error:
+        find_methods(names)
+    assert str(error.value).splitlines() == [
+        f"{problem}.",
+        "  expected: names of zero-shot, persistence, head, full, lora, st-lora",
+        f"  got:      {got}",
+        "  to fix:   correct the list of methods",
+    ]

@@ -1,0 +1,237 @@
+import copy
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from small_city import small_city, small_data
+from torch import nn
+
+from stlora_peft.backbones import build_backbone
+from stlora_peft.data import CityData
+from stlora_peft.evaluation import evaluate
+from stlora_peft.metrics import masked_mae
+from stlora_peft.training import TrainingOptions, train
+
+QUIET = TrainingOptions(max_epochs=2, progress=False, learning_rate=3e-3)
+
+
+@pytest.fixture(scope="module")
+def data() -> CityData:
+    return small_data()
+
+
+def lstm(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return build_backbone("lstm", in_channels=3, hidden_size=4)
+
+
+def lora(seed: int = 0) -> PeftModel:
+    return get_peft_model(lstm(seed), LoraConfig(r=2, target_modules=["head"], lora_dropout=0.1))
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("make", [lstm, lora])
+def test_train_with_the_same_seed_is_bit_identical(data: CityData, make: type[nn.Module]) -> None:
+    one, other = make(), make()
+    first = train(one, data, QUIET)
+    torch.rand(7)  # what the caller draws in between does not matter
+    second = train(other, data, QUIET)
+    assert same(one, other)
+    assert first.history == second.history
+
+
+def test_train_with_another_seed_differs(data: CityData) -> None:
+    one, other = lstm(), lstm()
+    train(one, data, QUIET)
+    train(other, data, TrainingOptions(max_epochs=2, progress=False, learning_rate=3e-3, seed=1))
+    assert not same(one, other)
+
+
+@pytest.mark.parametrize("max_grad_norm", [5.0, 1e-8])  # the second is of the size of AdamW's epsilon, so it shows
+def test_train_first_step_is_adamw_on_the_masked_mae_in_city_units(data: CityData, max_grad_norm: float) -> None:
+    model, reference = lstm(), lstm()
+    batch = data.train.__getitems__(list(range(len(data.train))))
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, weight_decay=0.0)
+    scaled = reference(batch["x"], data.edge_index, data.edge_weight)
+    loss = masked_mae(scaled * data.scaler.std[0] + data.scaler.mean[0], batch["y"])
+    loss.backward()
+    nn.utils.clip_grad_norm_(reference.parameters(), max_grad_norm)
+    optimizer.step()
+
+    options = TrainingOptions(max_epochs=1, batch_size=len(data.train), progress=False, max_grad_norm=max_grad_norm)
+    result = train(model, data, options)
+    assert result.best_epoch == 1
+    assert result.history[1]["train_mae"] == pytest.approx(loss.item(), rel=1e-5)
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=2e-6)
+
+
+def test_train_lowers_the_validation_error_and_returns_the_best(data: CityData) -> None:
+    model = lstm()
+    result = train(model, data, TrainingOptions(max_epochs=6, progress=False, learning_rate=1e-2))
+    errors = [entry["val_mae"] for entry in result.history]
+    assert result.best_val_mae == min(errors) < 0.95 * errors[0]
+    assert errors[result.best_epoch] == min(errors)
+    assert evaluate(model, data.val, data).mae == pytest.approx(result.best_val_mae, rel=1e-9)
+    assert not model.training
+
+
+def test_train_that_only_harms_returns_the_start_bit_for_bit(data: CityData) -> None:
+    model, start = lstm(), lstm()
+    result = train(model, data, TrainingOptions(max_epochs=20, patience=2, progress=False, learning_rate=1e4))
+    assert same(model, start)
+    assert result.best_epoch == 0
+    assert result.epochs == 2  # early stopping: patience ran out
+    assert result.best_val_mae == result.history[0]["val_mae"]
+
+
+def test_train_that_diverges_to_nan_returns_the_start(data: CityData) -> None:
+    model, start = lstm(), lstm()
+    train(model, data, TrainingOptions(max_epochs=2, progress=False, learning_rate=1e36, max_grad_norm=0.0))
+    assert same(model, start)
+
+
+def test_train_of_an_adapter_changes_the_adapter_only(data: CityData) -> None:
+    model, start = lora(), lora()
+    train(model, data, QUIET)
+    before, after = start.state_dict(), model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_train_keeps_the_statistics_of_a_frozen_norm(data: CityData) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.free, self.layer = nn.BatchNorm2d(12), nn.BatchNorm2d(12), nn.Linear(3, 1)
+            self.frozen.requires_grad_(False)
+
+        def forward(self, x: torch.Tensor, *edges: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.free(self.frozen(x)))
+
+    model = Normed()
+    start = copy.deepcopy(model)
+    assert train(model, data, QUIET).best_epoch > 0
+    assert same(model.frozen, start.frozen)
+    assert not torch.equal(model.free.running_mean, start.free.running_mean)
+
+
+@pytest.mark.parametrize("make", [lstm, lora])
+def test_train_resumed_equals_uninterrupted(data: CityData, make: type[nn.Module], tmp_path: Path) -> None:
+    whole, broken, resumed = make(), make(), make()
+    options = TrainingOptions(max_epochs=3, patience=1, progress=False, learning_rate=3e-3)
+    expected = train(whole, data, options)
+    assert expected.best_epoch == 3  # so patience never runs out, unless resuming used some of it up
+    train(broken, data, replace(options, max_epochs=1), output_dir=tmp_path)
+    result = train(resumed, data, options, output_dir=tmp_path)
+    assert same(whole, resumed)
+    assert result.history == expected.history
+    assert [path.name for path in tmp_path.iterdir()] == [f"checkpoint-{3 * -(-len(data.train) // 32)}"]
+
+
+def test_train_finished_before_is_not_trained_again(data: CityData, tmp_path: Path) -> None:
+    first, again = lstm(), lstm()
+    options = TrainingOptions(max_epochs=20, patience=1, progress=False, learning_rate=1e4)
+    expected = train(first, data, options, output_dir=tmp_path)
+    steps: list[str] = sorted(path.name for path in tmp_path.iterdir())
+    result = train(again, data, options, output_dir=tmp_path)
+    assert (result.history, result.epochs) == (expected.history, 1)
+    assert same(first, again)
+    assert sorted(path.name for path in tmp_path.iterdir()) == steps
+
+
+def test_train_from_the_checkpoint_of_another_training_raises(data: CityData, tmp_path: Path) -> None:
+    train(lstm(), data, QUIET, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="belongs to another training") as error:
+        train(lstm(), data, TrainingOptions(max_epochs=3, progress=False, learning_rate=1e-3), output_dir=tmp_path)
+    lines = str(error.value).splitlines()
+    assert lines[1] == "  expected: the same model, city and options as when it was written"
+    assert lines[2] == "  got:      other options (learning_rate 0.003 -> 0.001)"
+    assert lines[3] == "  to fix:   give another output folder, or delete this one to start again"
+
+
+def test_train_without_output_dir_writes_nothing(
+    data: CityData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(lstm(), data, QUIET)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("progress", "shows"), [(True, True), (False, False)])
+def test_train_prints_one_bar_or_nothing(
+    data: CityData, progress: bool, shows: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train(lstm(), data, TrainingOptions(max_epochs=1, progress=progress))
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert ("validation MAE" in err) is shows
+    assert shows or err == ""
+    assert "{" not in err
+
+
+def test_train_in_bf16_leaves_a_model_that_can_be_copied(data: CityData) -> None:
+    model = lora()
+    result = train(model, data, TrainingOptions(max_epochs=2, progress=False, mixed_precision="bf16"))
+    assert result.best_epoch > 0
+    assert "forward" not in vars(model)
+    assert same(copy.deepcopy(model), model)
+
+
+def test_train_with_foreign_data_raises_before_any_change(data: CityData) -> None:
+    model = build_backbone("lstm", in_channels=3, hidden_size=4, window=6)
+    start = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="expected: window=6\n  got:      window=12"):
+        train(model, data, QUIET)
+    assert same(model, start)
+
+
+def test_train_of_a_frozen_model_raises(data: CityData) -> None:
+    with pytest.raises(ValueError, match="nothing to train") as error:
+        train(lstm().requires_grad_(False), data, QUIET)
+    assert str(error.value).splitlines() == [
+        "nothing to train.",
+        "  expected: at least one parameter that requires gradients",
+        "  got:      a model whose parameters are all frozen",
+        "  to fix:   add an adapter with get_peft_model, or call requires_grad_(True) on what shall be trained",
+    ]
+
+
+def test_train_without_a_validation_truth_raises() -> None:
+    data = small_data(small_city())
+    data.val.targets[min(data.val.starts) :] = torch.nan
+    with pytest.raises(ValueError, match="no validation window of city 'small' has a truth to compare with"):
+        train(lstm(), data, QUIET)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("learning_rate", 0.0, "learning_rate > 0"),
+        ("weight_decay", -0.1, "weight_decay >= 0"),
+        ("max_epochs", 0, "max_epochs >= 1"),
+        ("patience", 0, "patience >= 1"),
+        ("batch_size", 0, "batch_size >= 1"),
+        ("eval_batch_size", 0, "eval_batch_size >= 1"),
+        ("max_grad_norm", -1.0, "max_grad_norm >= 0"),
+        ("seed", -1, "seed >= 0"),
+        ("mixed_precision", "int8", "'no', 'bf16' or 'fp16'"),
+    ],
+)
+def test_options_out_of_range_raise(name: str, value: object, expected: str) -> None:
+    with pytest.raises(ValueError, match="out of range") as error:
+        TrainingOptions(**{name: value})
+    assert str(error.value).splitlines() == [
+        f"training option '{name}' is out of range.",
+        f"  expected: {expected}",
+        f"  got:      {name} = {value!r}",
+        f"  to fix:   give another {name}",
+    ]
