@@ -69,5 +69,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(source.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
-            message(f"file '{source}' cannot be read", expected="JSON text", got=str(error), fix="write the file again")
+            message(
+                f"file '{source}' cannot be read", expected="JSON text", got=str(error), fix="write the file again"
+            )
         ) from error

@@ -33,8 +33,8 @@ PROJECT = PYPROJECT["project"]
 FLOOR = PROJECT["requires-python"].removeprefix(">=")
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", read("constraints.txt"), re.MULTILINE))
 
-HEAVY = ("torch_geometric_temporal", "pandas", "tables", "matplotlib", "typer", "transformers.trainer")
-OPTIONAL = ("torch_geometric", "torch_geometric_temporal", "torch_sparse", "pandas", "tables", "matplotlib")
+HEAVY = ("torch_geometric_temporal", "pandas", "h5py", "matplotlib", "typer", "transformers.trainer")
+OPTIONAL = ("torch_geometric", "torch_geometric_temporal", "torch_sparse", "pandas", "h5py", "matplotlib")
 DATA_SUFFIXES = set(".bin .csv .gz .h5 .hdf5 .npy .npz .parquet .pkl .pt .pth .safetensors .zip".split())
 PICKLERS = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 
@@ -165,7 +165,7 @@ def test_run_without_hides_a_package_and_its_parts() -> None:
 
 @pytest.mark.parametrize("name", [m.name for m in pkgutil.walk_packages(stlora_peft.__path__, "stlora_peft.")])
 def test_every_module_imports(name: str) -> None:
-    for package in ("torch_geometric", "torch_geometric_temporal", "tables", "matplotlib"):
+    for package in ("torch_geometric", "torch_geometric_temporal", "h5py", "matplotlib"):
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     assert import_module(name).__doc__
