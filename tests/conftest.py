@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # small tensors: threads would only wait for one another
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class PredictorConfig:
         ValueError: If a number is out of range or a layout is not an order of ``b t n c``.
     """
 
-    width: int = 32
+    width: int = 64
     num_layers: int = 2
     r: int | None = None
     dropout: float = 0.0
@@ -52,7 +53,9 @@ class PredictorConfig:
 
     def __post_init__(self) -> None:
         """Check every range."""
-        for name in ("width", "num_layers", "r", "window", "horizon", "in_channels", "out_channels"):
+        for name in ("width", "num_layers"):
+            _check_at_least_one(f"PredictorConfig.{name}", getattr(self, name))
+        for name in ("r", "window", "horizon", "in_channels", "out_channels"):
             _check_at_least_one(f"PredictorConfig.{name}", getattr(self, name), optional=True)
         _check_probability("PredictorConfig.dropout", self.dropout)
         for name in ("input_layout", "output_layout"):
@@ -143,8 +146,8 @@ class STLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         """Check every range and combination."""
-        super().__post_init__()
-        self.peft_type = stlora_type()
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type: Any = stlora_type()
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, (list, tuple)):
@@ -163,6 +166,9 @@ class STLoraConfig(PeftConfig):
             _check_at_least_one(f"STLoraConfig.{name}", getattr(self, name), optional=True)
         for key, rank in self.rank_pattern.items():
             _check_at_least_one(f"STLoraConfig.rank_pattern['{key}']", rank)
+        _check_finite("STLoraConfig.lora_alpha", self.lora_alpha)
+        for key, alpha in self.alpha_pattern.items():
+            _check_finite(f"STLoraConfig.alpha_pattern['{key}']", alpha)
         _check_probability("STLoraConfig.lora_dropout", self.lora_dropout)
 
     def _check_choices(self) -> None:
@@ -184,6 +190,16 @@ class STLoraConfig(PeftConfig):
                     fix="leave it out for the default, or pass None to switch the predictor off",
                 )
             )
+        for name in ("node_bound", "modules_to_save"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(
+                    message(
+                        f"STLoraConfig.{name} is no list",
+                        expected="a list of names",
+                        got=repr(getattr(self, name)),
+                        fix=f"write {name}=[{getattr(self, name)!r}]",
+                    )
+                )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 message(
@@ -215,7 +231,10 @@ class STLoraConfig(PeftConfig):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write ``adapter_config.json`` with the shapes of the tensors that PEFT saved beside it."""
         self.tensors = describe_tensors(Path(save_directory))
-        super().save_pretrained(str(save_directory), **kwargs)
+        try:
+            super().save_pretrained(str(save_directory), **kwargs)
+        finally:
+            self.tensors = None
 
     @classmethod
     def from_pretrained(
@@ -234,8 +253,9 @@ class STLoraConfig(PeftConfig):
         Raises:
             ValueError: If the adapter file is truncated, lacks a tensor or holds values that are not finite.
         """
-        config: PeftConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        path = str(pretrained_model_name_or_path)
+        config: PeftConfig = super().from_pretrained(path, subfolder=subfolder, **kwargs)
+        folder = Path(path) / (subfolder or "")
         if folder.is_dir() and isinstance(config, STLoraConfig) and config.tensors is not None:
             check_adapter_file(folder, config.tensors)
         return config
@@ -249,8 +269,15 @@ def _check_at_least_one(name: str, value: Any, optional: bool = False) -> None:
     )
 
 
-def _check_probability(name: str, value: float) -> None:
-    if not 0 <= value < 1:
+def _check_probability(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(
             message(f"{name} is out of range", expected="a probability in [0, 1)", got=repr(value), fix="correct it")
+        )
+
+
+def _check_finite(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(
+            message(f"{name} is out of range", expected="a finite number", got=repr(value), fix="correct it")
         )

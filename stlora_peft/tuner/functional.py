@@ -62,6 +62,24 @@ def core_update(u: Tensor, core: Tensor, node: int, channel: int) -> Tensor:
     return _nodewise(u, core, node, channel)
 
 
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    r"""Multiply the last axis by one matrix for all nodes.
+
+    .. math:: u = A\,x
+
+    torch picks the kernel for a strided input by whether the weight needs a gradient, and the kernels round
+    differently; with the input in one piece a loaded adapter gives the very numbers of the trained one.
+
+    Args:
+        x: Input, :math:`F_{in}` on the last axis.
+        weight: Matrix :math:`A`, shape :math:`(r, F_{in})`.
+
+    Returns:
+        Tensor of the shape of ``x`` with :math:`r` on the last axis.
+    """
+    return F.linear(x.contiguous(), weight)
+
+
 def full_update(x: Tensor, weight: Tensor, node: int, channel: int) -> Tensor:
     r"""Project each node's input by the node's own matrix.
 

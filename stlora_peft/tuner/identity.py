@@ -99,23 +99,27 @@ def check_nodes(model: nn.Module, node_ids: Sequence[str]) -> None:
     configs = getattr(model, "peft_config", {})
     active = getattr(model, "active_adapters", [])
     for name in active:
-        known = getattr(configs.get(name), "node_ids", None)
-        if known is None or list(known) == list(node_ids):
+        known, num_nodes = (getattr(configs.get(name), field, None) for field in ("node_ids", "num_nodes"))
+        difference = _difference(known, num_nodes, list(node_ids))
+        if difference is None:
             continue
-        expected, got = _difference(list(known), list(node_ids))
         raise ValueError(
             message(
                 f"stlora adapter '{name}' belongs to other nodes",
-                expected=expected,
-                got=got,
+                expected=difference[0],
+                got=difference[1],
                 fix="use the adapter of this city, or bring the readings into the adapter's node order",
             )
         )
 
 
-def _difference(known: list[str], given: list[str]) -> tuple[str, str]:
-    if len(known) != len(given):
-        return f"{len(known)} nodes", f"{len(given)} nodes"
+def _difference(known: list[str] | None, num_nodes: int | None, given: list[str]) -> tuple[str, str] | None:
+    """What was expected and what came, or None where nothing differs that is known."""
+    count = num_nodes if known is None else len(known)
+    if count is not None and count != len(given):
+        return f"{count} nodes", f"{len(given)} nodes"
+    if known is None or known == given:
+        return None
     position = next(i for i, (a, b) in enumerate(zip(known, given, strict=True)) if a != b)
     same = " (the same nodes in another order)" if sorted(known) == sorted(given) else ""
     return f"node '{known[position]}' at position {position}", f"node '{given[position]}'{same}"

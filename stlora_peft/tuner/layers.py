@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stlora_peft.errors import message
 from stlora_peft.tuner.conditioning import FACTOR_NAMES, condition, factor_shapes, new_factor
 from stlora_peft.tuner.config import STLoraConfig
-from stlora_peft.tuner.functional import delta_weight, full_conv, full_update
+from stlora_peft.tuner.functional import delta_weight, full_conv, full_update, project
 from stlora_peft.tuner.layout import Layout, check_layout, check_union, infer_layout, parse_layout
 from stlora_peft.tuner.nodes import AdapterModule, NodeTable
 
@@ -34,7 +34,16 @@ class STLoraLayer(AdapterModule):
     """
 
     adapter_layer_names = tuple(f"nall_{name}" for name in FACTOR_NAMES)
-    other_param_names = ("r", "lora_alpha", "scaling", "conditioning", "num_nodes", "layout", "dropout", "node_table")
+    other_param_names = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "conditioning",
+        "num_nodes",
+        "layout",
+        "nall_dropout",
+        "node_table",
+    )
     mergeable = False
     default_layout: str | None = None
 
@@ -46,7 +55,7 @@ class STLoraLayer(AdapterModule):
         self.in_features = self.in_shape[0]
         for attribute in self.adapter_layer_names:
             setattr(self, attribute, nn.ParameterDict())
-        self.dropout = nn.ModuleDict()
+        self.nall_dropout = nn.ModuleDict()  # with the prefix, or PEFT before 0.20 cannot delete an adapter
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -77,7 +86,7 @@ class STLoraLayer(AdapterModule):
 
     def _down(self, z: Tensor, weight: Tensor) -> Tensor:
         """Shared projection A z, axes kept."""
-        return F.linear(z, weight)
+        return project(z, weight)
 
     def _down_full(self, z: Tensor, weight: Tensor, layout: Layout, num_nodes: int) -> Tensor:
         """Each node's own projection A_i z_i, with an unfolded node axis."""
@@ -86,7 +95,7 @@ class STLoraLayer(AdapterModule):
 
     def _up(self, u: Tensor, weight: Tensor) -> Tensor:
         """Shared projection B u, axes kept."""
-        return F.linear(u, weight)
+        return project(u, weight)
 
     def _root_weight(self) -> nn.Parameter:
         """Weight that a shared update is merged into."""
@@ -117,7 +126,7 @@ class STLoraLayer(AdapterModule):
             self.num_nodes[adapter_name] = config.num_nodes
         if layout is not None:
             self.layout[adapter_name] = parse_layout(layout)
-        self.dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.nall_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         like = next((p for p in self.get_base_layer().parameters()), torch.empty(0))
         for name, shape in factor_shapes(
             config.conditioning,
@@ -150,7 +159,7 @@ class STLoraLayer(AdapterModule):
             ValueError: If the nodes are not where the layout says, or cannot be found.
         """
         factors = self.factors(adapter_name)
-        z = self.dropout[adapter_name](self._cast_input_dtype(z, factors["B"].dtype))
+        z = self.nall_dropout[adapter_name](self._cast_input_dtype(z, factors["B"].dtype))
         if not self.cast_input_dtype_enabled:  # inside PEFT's disable_input_dtype_casting the input decides
             factors = {name: factor.to(z.dtype) for name, factor in factors.items()}
         up = factors["B"] * self.scaling[adapter_name]
@@ -216,7 +225,9 @@ class STLoraLayer(AdapterModule):
         if self.conditioning.get(adapter_name, "shared") != "shared":
             form = self.conditioning[adapter_name]
             return f"its update depends on the node (conditioning='{form}'): one weight cannot hold N of them"
-        return None if self.mergeable else f"{type(self.get_base_layer()).__name__} has no weight that equals the update"
+        return (
+            None if self.mergeable else f"{type(self.get_base_layer()).__name__} has no weight that equals the update"
+        )
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Dense update of a shared adapter, in the shape of the weight that it is merged into."""
@@ -234,11 +245,18 @@ class STLoraLayer(AdapterModule):
             ValueError: If an adapter depends on the node, or the result is not finite. Nothing is changed then.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.nall_B]
-        for name in names:
+        if names:
+            merged = self.merged_weight(names, safe_merge)
+            self._root_weight().data = merged
+            self.merged_adapters.extend(names)
+
+    def merged_weight(self, adapter_names: list[str], safe_merge: bool = False) -> Tensor:
+        """Compute the wrapped layer's weight with adapters folded in; arguments and errors as of :meth:`merge`."""
+        for name in adapter_names:
             check_mergeable(self.merge_refusal(name), name, self.name)
-        for name in names:
-            weight = self._root_weight()
-            merged = weight.data + self.get_delta_weight(name).to(weight.dtype)
+        merged = self._root_weight().data
+        for name in adapter_names:
+            merged = merged + self.get_delta_weight(name).to(merged.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
                     message(
@@ -248,8 +266,7 @@ class STLoraLayer(AdapterModule):
                         fix="train the adapter again with a smaller learning rate",
                     )
                 )
-            weight.data = merged
-            self.merged_adapters.append(name)
+        return merged
 
     def unmerge(self) -> None:
         """Take merged adapters out of the wrapped layer's weights again; nothing happens if there are none."""
@@ -324,7 +341,8 @@ class STLoraConv(STLoraLayer):
         if conv.groups != 1:
             return f"it is a grouped convolution (groups={conv.groups})"
         if sum(size > 1 for size in conv.kernel_size) > 1:
-            return f"its kernel {tuple(conv.kernel_size)} spans two axes, so it mixes nodes or is no convolution along time"
+            kernel = tuple(conv.kernel_size)
+            return f"its kernel {kernel} spans two axes, so it mixes nodes or is no convolution along time"
         return None
 
     @property
@@ -487,6 +505,11 @@ def host_layers() -> Mapping[type[nn.Module], type[STLoraLayer]]:
     except ImportError:
         return hosts
     return hosts | {pyg.Linear: STLoraLinear, pyg.GCNConv: STLoraGraphConv, pyg.ChebConv: STLoraChebConv}
+
+
+def layer_sizes(layer: nn.Module) -> tuple[tuple[int, ...], int]:
+    """Width that a layer's update reads, followed by the kernel of a convolution, and width that it writes."""
+    return cast(type[STLoraLayer], host_class(layer))._sizes(layer)
 
 
 def host_class(layer: nn.Module) -> type[STLoraLayer] | None:

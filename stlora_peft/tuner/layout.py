@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -84,7 +83,6 @@ class Layout:
         return view, node + int(self.node_fastest), channel + int(channel > node)
 
 
-@lru_cache(maxsize=1024)
 def parse_layout(pattern: str) -> Layout:
     """Read an axis pattern.
 

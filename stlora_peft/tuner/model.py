@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Iterator
@@ -17,11 +18,13 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from stlora_peft.errors import message
 from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
+from stlora_peft.tuner.guards import check_backbone_config, check_names
 from stlora_peft.tuner.identity import check_fingerprint, fingerprint
 from stlora_peft.tuner.known_layers import known_layout
 from stlora_peft.tuner.layers import STLoraLayer, STLoraLinear, check_mergeable, host_class, host_layers
+from stlora_peft.tuner.manifest import check_tensors, expected_tensors
 from stlora_peft.tuner.node_bound import NodeBoundLayer, _named, bound_size, spec_of
-from stlora_peft.tuner.nodes import NodeTable
+from stlora_peft.tuner.nodes import TABLE_ATTRIBUTE, NodeTable
 from stlora_peft.tuner.predictor import (
     ATTRIBUTE,
     PredictorLayer,
@@ -32,8 +35,6 @@ from stlora_peft.tuner.predictor import (
 from stlora_peft.tuner.registration import PREFIX
 
 logger = logging.getLogger("stlora_peft")
-
-TABLE_ATTRIBUTE = "stlora_nodes"
 
 
 class STLoraModel(BaseTuner):
@@ -49,6 +50,12 @@ class STLoraModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's class attribute
 
     # -- preparation: everything that can be wrong is found before the backbone is touched ---------------
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """Read the backbone's configuration; what is no dictionary counts as none."""
+        config = BaseTuner.get_model_config(model)
+        return config if isinstance(config, dict) else {"model_type": "custom"}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         config = cast(STLoraConfig, peft_config)
@@ -67,6 +74,7 @@ class STLoraModel(BaseTuner):
         self._resolve_node_bound(config)
         self._check_targets(config)
         self._resolve_fingerprint(config, name)
+        self._check_saved_tensors(config, name)
         return config
 
     def _resolve_targets(self, config: STLoraConfig) -> None:
@@ -99,8 +107,14 @@ class STLoraModel(BaseTuner):
                 continue
             if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 inner.append(f"{key}.")
-            if not isinstance(module, (NodeBoundLayer, NodeTable, PredictorLayer, AuxiliaryTrainingWrapper)):
+            if not isinstance(module, (NodeBoundLayer, NodeTable, PredictorLayer)):
                 yield key, module
+
+    def _module_names(self) -> Iterator[str]:
+        """Names that the backbone's modules have, wrapped or not."""
+        yield from (key for key, _ in self._candidates())
+        wrappers = (AuxiliaryTrainingWrapper, NodeBoundLayer)
+        yield from (key for key, module in self.model.named_modules() if isinstance(module, wrappers))
 
     def _resolve_predictor(self, config: STLoraConfig) -> None:
         spec = spec_of(self.model)
@@ -111,7 +125,8 @@ class STLoraModel(BaseTuner):
             elif config.conditioning != "shared":
                 logger.warning(
                     "The node-specific predictor is off: the output layout of %s is not known. Switch it on with "
-                    "STLoraConfig(predictor=PredictorConfig(window=..., horizon=..., in_channels=..., out_channels=...)).",
+                    "STLoraConfig(predictor=PredictorConfig(window=..., horizon=..., in_channels=..., "
+                    "out_channels=...)).",
                     type(self.model).__name__,
                 )
         if isinstance(config.predictor, PredictorConfig):
@@ -131,12 +146,28 @@ class STLoraModel(BaseTuner):
             module = _named(self.model, name)
             bound_size(module.base_layer if isinstance(module, NodeBoundLayer) else module, name)
 
+    def _targets(self, config: STLoraConfig) -> dict[str, nn.Module]:
+        """Layers to adapt by name, without the adapters that they may have."""
+        return {
+            key: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            for key, module in self._candidates()
+            if check_target_module_exists(config, key)
+        }
+
     def _check_targets(self, config: STLoraConfig) -> None:
-        for key, module in self._candidates():
-            if check_target_module_exists(config, key):
-                base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-                parent = self.model.get_submodule(key.rpartition(".")[0])
-                _check_supported(base, key, parent)
+        targets = self._targets(config)
+        for key, base in targets.items():
+            _check_supported(base, key, self.model.get_submodule(key.rpartition(".")[0]))
+            outer = next((other for other in targets if key.startswith(f"{other}.")), None)
+            if outer is not None:
+                raise ValueError(
+                    message(
+                        f"layer '{key}' is a part of layer '{outer}'",
+                        expected="layers that are not inside each other",
+                        got="both in target_modules",
+                        fix="leave one of them out, or name it in exclude_modules",
+                    )
+                )
         needs_root = config.conditioning == "embedding" or config.predictor is not None
         if needs_root and isinstance(self.model, (nn.Sequential, nn.ModuleList)):
             raise ValueError(
@@ -147,6 +178,14 @@ class STLoraModel(BaseTuner):
                     fix="wrap it in an nn.Module, or use conditioning='gate' and predictor=None",
                 )
             )
+
+    def _check_saved_tensors(self, config: STLoraConfig, name: str) -> None:
+        if config.tensors is not None:
+            layers = {key: (base, _rank(config, key)) for key, base in self._targets(config).items()}
+            bound = {key: _named(self.model, key) for key in config.node_bound or []}
+            bound = {key: m.base_layer if isinstance(m, NodeBoundLayer) else m for key, m in bound.items()}
+            check_tensors(self.model, config.tensors, expected_tensors(config, layers, bound), name)
+            config.tensors = None
 
     def _resolve_fingerprint(self, config: STLoraConfig, name: str) -> None:
         found = fingerprint(self.model)
@@ -175,6 +214,11 @@ class STLoraModel(BaseTuner):
             state_dict: Take the layers to adapt from the keys of an adapter's state dict.
         """
         config = cast(STLoraConfig, self.peft_config[adapter_name])
+        if not config.inference_mode:  # PEFT promises that a loaded adapter keeps the config object that was passed
+            # What is filled in here belongs to this backbone, and the caller may use the config for another.
+            config = self.peft_config[adapter_name] = copy.deepcopy(config)
+        check_names(config, adapter_name, list(self._module_names()))
+        check_backbone_config(model)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             self._add_city_modules(model, adapter_name, config)
@@ -218,13 +262,12 @@ class STLoraModel(BaseTuner):
         config = cast(STLoraConfig, peft_config)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         _check_supported(base, current_key, parent)
-        rank_key = get_pattern_key(list(config.rank_pattern), current_key)
         alpha_key = get_pattern_key(list(config.alpha_pattern), current_key)
         layer = target if isinstance(target, STLoraLayer) else cast(Any, host_class(target))(target, current_key)
         layer.update_layer(
             adapter_name,
             config,
-            r=config.rank_pattern.get(rank_key, config.r),
+            r=_rank(config, current_key),
             lora_alpha=config.alpha_pattern.get(alpha_key, config.lora_alpha),
             layout=self._layout(config, current_key, layer),
         )
@@ -299,6 +342,10 @@ class STLoraModel(BaseTuner):
             for module in _frozen_norms(self.model):
                 module.eval()
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the backbone as a module: PEFT calls its forward, which passes the predictor's hook by."""
+        return self.model(*args, **kwargs)
+
     # -- merging, unloading, batches of several cities ----------------------------------------------------
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -310,23 +357,34 @@ class STLoraModel(BaseTuner):
     def _layers(self) -> Iterator[STLoraLayer]:
         return (module for module in self.model.modules() if isinstance(module, STLoraLayer))
 
-    def _check_merge_allowed(self, adapter_names: list[str] | None = None) -> None:
-        super()._check_merge_allowed()
-        for name in adapter_names or self.active_adapters:
-            for layer in self._layers():
-                if name in layer.nall_B:
-                    check_mergeable(layer.merge_refusal(name), name, layer.name)
-            predictor = getattr(self.model, ATTRIBUTE, None)
+    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise, before any layer is touched, if one of them would."""
+        names = adapter_names or self.active_adapters
+        for layer in self._layers():
+            own = [name for name in names if name in layer.nall_B]
+            for name in own:
+                check_mergeable(layer.merge_refusal(name), name, layer.name)
+            if safe_merge and own:
+                layer.merged_weight([name for name in own if name not in layer.merged_adapters], safe_merge)
+        for module in self.model.modules():
+            if isinstance(module, NodeBoundLayer):
+                module.copy_of(names)
+        predictor = getattr(self.model, ATTRIBUTE, None)
+        for name in names:
             if predictor is not None and name in predictor.nall_predictor:
                 check_mergeable("the node-specific predictor is a network of its own", name, "the backbone")
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold shared adapters into the backbone's weights.
 
+        Args:
+            adapter_names: Adapters to fold; the active ones by default.
+            safe_merge: Refuse a result that is not finite.
+
         Raises:
-            ValueError: If an adapter depends on the node. Nothing is changed then.
+            ValueError: If an adapter depends on the node, or the result is not finite. Nothing is changed then.
         """
-        self._check_merge_allowed(adapter_names)
+        self._check_mergeable(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -337,13 +395,12 @@ class STLoraModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            self._check_merge_allowed(adapter_names)
+            self._check_mergeable(adapter_names, safe_merge)
         detach_predictor(self.model)
         if hasattr(self.model, TABLE_ATTRIBUTE):
             delattr(self.model, TABLE_ATTRIBUTE)
-        model = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+        unload = cast(Any, super())._unload_and_optionally_merge  # annotated to return nothing
+        model = unload(merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
         if hasattr(model, "peft_config"):  # PEFT 0.18 leaves it there
             del model.peft_config
         return model
@@ -360,6 +417,11 @@ class STLoraModel(BaseTuner):
                 )
             )
         yield
+
+
+def _rank(config: STLoraConfig, key: str) -> int:
+    """Rank of the layer ``key``."""
+    return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
 
 
 def _check_supported(layer: nn.Module, key: str, parent: nn.Module) -> None:

@@ -106,9 +106,15 @@ class NodeBoundLayer(AdapterModule):
         Raises:
             ValueError: If several active adapters have a copy.
         """
-        if self.disable_adapters:
-            return self.base_layer
-        names = [name for name in self.active_adapters if name in self.nall_node_bound]
+        return self.base_layer if self.disable_adapters else self.copy_of(self.active_adapters)
+
+    def copy_of(self, adapter_names: list[str]) -> nn.Module:
+        """Return the one copy that these adapters have, or the backbone's module.
+
+        Raises:
+            ValueError: If several of them have a copy.
+        """
+        names = [name for name in adapter_names if name in self.nall_node_bound]
         if len(names) > 1:
             raise ValueError(
                 message(
@@ -161,7 +167,7 @@ class NodeBoundLayer(AdapterModule):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """Return the module to put back: the adapter's copy after merging, else the backbone's."""
-        return self.current() if merge else self.base_layer
+        return self.copy_of(adapter_names or self.active_adapters) if merge else self.base_layer
 
     @property
     def weight(self) -> Tensor:
@@ -206,7 +212,7 @@ def node_bound_modules(model: nn.Module, names: Iterable[str] | None = None) -> 
 
 
 def _named(model: nn.Module, name: str) -> nn.Module:
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     if name not in modules:
         raise ValueError(
             message(

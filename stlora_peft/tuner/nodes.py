@@ -6,6 +6,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+TABLE_ATTRIBUTE = "stlora_nodes"
+
 
 class AdapterModule(nn.Module, BaseTunerLayer):
     """What PEFT expects of every module that holds adapters, whether it wraps a layer or not."""

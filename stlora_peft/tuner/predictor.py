@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stlora_peft.errors import message
 from stlora_peft.tuner.conditioning import condition, factor_shapes, new_factor
 from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
-from stlora_peft.tuner.functional import full_update
+from stlora_peft.tuner.functional import full_update, project
 from stlora_peft.tuner.nodes import CityModule, NodeTable
 
 ATTRIBUTE = "stlora_predictor"
@@ -67,7 +67,7 @@ class NodePredictor(nn.Module):
         """Register a weight and a bias with the starting values of ``nn.Linear``."""
         linear = nn.Linear(in_features, out_features, device=like.device, dtype=_float_type(like))
         # PEFT inserts the adapter's name one level above a tensor, so this module has no sub-modules.
-        self.register_parameter(f"weight_{name}", linear.weight)
+        self.register_parameter(f"weight_{name}", cast(nn.Parameter, linear.weight))
         self.register_parameter(f"bias_{name}", linear.bias)
 
     def _node_layer(self, name: str, out_features: int, like: Tensor) -> None:
@@ -96,15 +96,15 @@ class NodePredictor(nn.Module):
 
     def _nall(self, h: Tensor, name: str, embedding: Callable[[], Tensor] | None) -> Tensor:
         """Node-adaptive low-rank layer on rows ``[b n d]``."""
-        h = F.rms_norm(h, h.shape[-1:], self._tensor(f"norm_{name}"))
+        h = F.rms_norm(h, h.shape[-1:], self._tensor(f"norm_{name}").to(h.dtype))
         h = F.dropout(F.leaky_relu(h, 0.1), self.predictor.dropout, self.training)
         factors = {key: self._tensor(f"{key}_{name}") for key in self.factor_names}
         if self.config.conditioning == "full":
             u = full_update(h, factors["A"], 1, 2)
         else:
-            u = condition(F.linear(h, factors["A"]), factors, embedding, 1, 2)
+            u = condition(project(h, factors["A"]), factors, embedding, 1, 2)
         out = F.linear(h, self._tensor(f"weight_{name}"), self._tensor(f"bias_{name}"))
-        return out + F.linear(u, factors["B"] * self.scaling)
+        return out + project(u, factors["B"] * self.scaling)
 
     def forward(self, window: Tensor, forecast: Tensor, embedding: Callable[[], Tensor] | None = None) -> Tensor:
         """Compute the correction.
@@ -164,7 +164,7 @@ class PredictorLayer(CityModule):
         out = forecast
         for name in self.active_adapters:
             if name in self.nall_predictor:
-                predictor = self.nall_predictor[name]
+                predictor = cast(NodePredictor, self.nall_predictor[name])
                 _check_sizes(predictor, window, forecast, name)
                 table = self.node_table.get(name)
                 embedding = None if table is None else partial(table.vectors, name)
@@ -185,8 +185,7 @@ def attach_predictor(backbone: nn.Module) -> PredictorLayer:
     if not hasattr(backbone, ATTRIBUTE):
         setattr(backbone, ATTRIBUTE, PredictorLayer(backbone))
         backbone.register_forward_hook(correct_forecast, with_kwargs=True)
-    layer = getattr(backbone, ATTRIBUTE)
-    return layer
+    return cast(PredictorLayer, getattr(backbone, ATTRIBUTE))
 
 
 def detach_predictor(backbone: nn.Module) -> None:

@@ -104,9 +104,7 @@ def _recorder(key: str, forward: Any, seen: dict[str, Tensor]) -> Any:
     return record
 
 
-def _read(
-    key: str, module: nn.Module, first: dict[str, Tensor], second: dict[str, Tensor], num_nodes: int
-) -> str:
+def _read(key: str, module: nn.Module, first: dict[str, Tensor], second: dict[str, Tensor], num_nodes: int) -> str:
     if key not in first:
         raise ValueError(
             message(

@@ -33,7 +33,11 @@ def stlora_type() -> Enum:
     if TYPE_NAME not in PeftType.__members__:
         _extend_str_enum(PeftType, TYPE_NAME)
     member: Enum = PeftType.__members__[TYPE_NAME]
-    if PeftType(TYPE_NAME) is not member or member not in list(PeftType) or getattr(PeftType, TYPE_NAME) is not member:
+    try:
+        found = PeftType(TYPE_NAME) is getattr(PeftType, TYPE_NAME) is member and member in list(PeftType)
+    except (ValueError, AttributeError):
+        found = False
+    if not found:
         raise ImportError(
             message(
                 "stlora_peft cannot register with PEFT",

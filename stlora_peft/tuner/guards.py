@@ -1,0 +1,81 @@
+"""What PEFT would pass over without a word, or stumble on after the training: refused before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from stlora_peft.errors import message
+from stlora_peft.tuner.config import STLoraConfig
+from stlora_peft.tuner.registration import PREFIX
+
+
+def check_names(config: STLoraConfig, adapter_name: str, modules: Collection[str]) -> None:
+    """Raise if the adapter's name, or a module named in its configuration, would be lost silently.
+
+    Args:
+        config: The adapter's configuration.
+        adapter_name: Its name.
+        modules: Full names of the backbone's modules, without those of adapters.
+
+    Raises:
+        ValueError: If the adapter is named like a module or has a dot in its name, if ``modules_to_save`` or
+            ``node_layout`` names nothing, or if a module's name contains the prefix of adapter parameters.
+    """
+    _check_adapter_name(adapter_name, modules)
+    for option, names in (("modules_to_save", config.modules_to_save or []), ("node_layout", config.node_layout)):
+        for name in names:
+            if not any(module == name or module.endswith(f".{name}") for module in modules):
+                raise ValueError(
+                    message(
+                        f"STLoraConfig.{option}: no module is called '{name}'",
+                        expected="the last part of a module's name",
+                        got=f"'{name}'",
+                        fix="take it from backbone.named_modules()",
+                    )
+                )
+    for module in modules:
+        if PREFIX in module:
+            raise ValueError(
+                message(
+                    f"module '{module}' of the backbone has the name of an adapter's tensor",
+                    expected=f"no '{PREFIX}' in the names of modules",
+                    got=f"'{module}'",
+                    fix="rename it: PEFT would take it for part of the adapter",
+                )
+            )
+
+
+def _check_adapter_name(adapter_name: str, modules: Collection[str]) -> None:
+    """PEFT leaves out of a saved adapter what lies under a module named like another adapter."""
+    clash = next((module for module in modules if adapter_name in module.split(".")), None)
+    if clash is None and "." not in adapter_name:
+        return
+    raise ValueError(
+        message(
+            f"stlora adapter '{adapter_name}' cannot have this name",
+            expected="a name without dots that no part of the backbone has",
+            got=f"the name of module '{clash}'" if clash else f"'{adapter_name}'",
+            fix="name the adapter after its city, e.g. 'shenzhen'",
+        )
+    )
+
+
+def check_backbone_config(backbone: nn.Module) -> None:
+    """Raise if PEFT could not save an adapter because of the attribute ``config`` that the backbone has.
+
+    Raises:
+        ValueError: If it is an object that PEFT cannot search for a name.
+    """
+    config = BaseTuner.get_model_config(backbone)
+    if config is not None and not hasattr(config, "__contains__"):
+        raise ValueError(
+            message(
+                "the attribute 'config' of the backbone cannot be read by PEFT, which does so when it saves",
+                expected="a dict, a dataclass, an argparse.Namespace or an object with to_dict()",
+                got=f"a {type(config).__name__}",
+                fix="backbone.config = vars(backbone.config), or give the attribute another name",
+            )
+        )

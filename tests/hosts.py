@@ -1,0 +1,180 @@
+"""Every kind of layer that can be adapted, in the layouts that it is met in, and what the formula gives for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import reference
+import torch
+from einops import rearrange
+from reference import Temporal
+from torch import Tensor, nn
+from toys import graph
+
+gnn = pytest.importorskip("torch_geometric.nn")
+
+B, T, N, C, D = 2, 6, 3, 4, 5
+R, ALPHA = 2, 5
+EDGES, WEIGHTS = graph(N)
+
+
+@dataclass(frozen=True)
+class Host:
+    """One layer to adapt and how its input is laid out.
+
+    ``pattern`` is einops' pattern of the input and ``layout`` ours where they differ; ``call`` runs the layer and
+    gives the tensor that the update is added to; ``temporal`` says what a convolution along time is.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    pattern: str = "b t n c"
+    layout: str | None = None
+    call: Callable[[nn.Module, Tensor], Tensor] = lambda layer, x: layer(x)
+    temporal: Temporal | None = None
+    on_output: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def fold(self, x: Tensor) -> Tensor:
+        return rearrange(x, f"b t n c -> {self.pattern}")
+
+    def unfold(self, x: Tensor) -> Tensor:
+        return rearrange(x, f"{self.pattern} -> b t n c", n=N, **({"b": B} if "(b t n)" in self.pattern else {}))
+
+
+def graph_call(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x, EDGES, WEIGHTS)
+
+
+def union_call(layer: nn.Module, x: Tensor) -> Tensor:
+    copies = x.shape[-2] // N
+    edges = torch.cat([EDGES + N * i for i in range(copies)], dim=1)
+    return layer(x, edges, WEIGHTS.repeat(copies))
+
+
+def first(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x)[0]
+
+
+def conv1d(temporal: Temporal, padding: Any = 0, pattern: str = "(b n) c t") -> Host:
+    def make() -> nn.Module:
+        return nn.Conv1d(
+            C, D, temporal.kernel, temporal.stride, padding, temporal.dilation, padding_mode=temporal.mode
+        )
+
+    return Host(f"conv1d[{pattern}]{_tag(temporal)}", make, pattern, temporal=temporal)
+
+
+def conv2d(temporal: Temporal, padding: Any = 0, pattern: str = "b c n t") -> Host:
+    def pair(value: int, other: int = 1) -> tuple[int, int]:
+        return (value, other) if pattern.endswith("t n") else (other, value)
+
+    def make() -> nn.Module:
+        pads = pair(padding, 0) if isinstance(padding, int) else padding
+        return nn.Conv2d(
+            C,
+            D,
+            pair(temporal.kernel),
+            pair(temporal.stride),
+            pads,
+            pair(temporal.dilation),
+            padding_mode=temporal.mode,
+        )
+
+    return Host(f"conv2d[{pattern}]{_tag(temporal)}", make, pattern, temporal=temporal)
+
+
+def _tag(temporal: Temporal) -> str:
+    pads = f"p{temporal.before}{temporal.after}{temporal.mode}" if temporal.before or temporal.after else ""
+    return f"k{temporal.kernel}s{temporal.stride}d{temporal.dilation}{pads}"
+
+
+PLAIN, WIDE = Temporal(3), Temporal(3, stride=2, dilation=2, before=3, after=3)
+SAME = Temporal(4, before=1, after=2)
+CIRCULAR, REFLECT = Temporal(3, before=2, after=2, mode="circular"), Temporal(3, before=1, after=1, mode="reflect")
+
+LINEAR = [
+    Host("linear", lambda: nn.Linear(C, D)),
+    Host("linear[b n t c]", lambda: nn.Linear(C, D), "b n t c"),
+    Host("linear[(b n) t c]", lambda: nn.Linear(C, D), "(b n) t c"),
+    Host("linear[(n b) t c]", lambda: nn.Linear(C, D), "(n b) t c"),
+    Host("linear[t (b n) c]", lambda: nn.Linear(C, D), "t (b n) c"),
+    Host("linear[(b t n) c]", lambda: nn.Linear(C, D, bias=False), "(b t n) c"),
+    Host("linear[... n c]", lambda: nn.Linear(C, D), layout="... n c"),
+    Host("pyg linear", lambda: gnn.Linear(C, D)),
+    Host("pyg linear[(b t n) c]", lambda: gnn.Linear(C, D), "(b t n) c"),
+]
+CONV = [
+    conv1d(Temporal()),
+    conv1d(PLAIN),
+    conv1d(PLAIN, pattern="(n b) c t"),
+    conv1d(Temporal(1, stride=2)),
+    conv1d(WIDE, padding=3),
+    conv1d(SAME, padding="same"),
+    conv1d(CIRCULAR, padding=2),
+    conv2d(Temporal()),
+    conv2d(Temporal(), pattern="b c t n"),
+    conv2d(PLAIN),
+    conv2d(PLAIN, pattern="b c t n"),
+    conv2d(Temporal(1, stride=2)),
+    conv2d(WIDE, padding=3),
+    conv2d(WIDE, padding=3, pattern="b c t n"),
+    conv2d(SAME, padding="same"),
+    conv2d(SAME, padding="same", pattern="b c t n"),
+    conv2d(CIRCULAR, padding=2),
+    conv2d(CIRCULAR, padding=2, pattern="b c t n"),
+    conv2d(REFLECT, padding=1),
+    conv2d(REFLECT, padding=1, pattern="b c t n"),
+    conv2d(WIDE, padding=3, pattern="(b n) c 1 t"),
+    conv2d(CIRCULAR, padding=2, pattern="(b n) c 1 t"),
+    conv2d(PLAIN, pattern="(n b) c 1 t"),
+]
+GRAPH = [
+    Host("gcn[b t n c]", lambda: gnn.GCNConv(C, D), layout="... n c", call=graph_call),
+    Host("gcn[b t n c] by default", lambda: gnn.GCNConv(C, D), layout="", call=graph_call),
+    Host("gcn[(b t n) c]", lambda: gnn.GCNConv(C, D), "(b t n) c", layout="", call=union_call),
+    Host("gcn[t (b n) c]", lambda: gnn.GCNConv(C, D), "t (b n) c", layout="", call=union_call),
+    Host("cheb[b t n c]", lambda: gnn.ChebConv(C, D, K=3), layout="", call=graph_call),
+    Host("cheb[(b t n) c]", lambda: gnn.ChebConv(C, D, K=3), "(b t n) c", layout="", call=union_call),
+]
+RECURRENT = [
+    Host("lstm[(b n) t c]", lambda: nn.LSTM(C, D, batch_first=True), "(b n) t c", call=first, on_output=True),
+    Host("lstm[t (b n) c]", lambda: nn.LSTM(C, D), "t (b n) c", call=first, on_output=True),
+    Host("lstm[t (n b) c]", lambda: nn.LSTM(C, D), "t (n b) c", call=first, on_output=True),
+    Host(
+        "lstm deep, both ways, projected",
+        lambda: nn.LSTM(C, D, 2, batch_first=True, bidirectional=True, proj_size=3),
+        "(b n) t c",
+        call=first,
+        on_output=True,
+    ),
+    Host("gru[(b n) t c]", lambda: nn.GRU(C, D, batch_first=True), "(b n) t c", call=first, on_output=True),
+    Host("gru deep, both ways", lambda: nn.GRU(C, D, 2, bidirectional=True), "t (b n) c", call=first, on_output=True),
+]
+HOSTS = LINEAR + CONV + GRAPH + RECURRENT
+
+
+def options_of(host: Host, conditioning: str, **options: Any) -> dict[str, Any]:
+    layout = host.pattern.replace("1", "w") if host.layout is None else host.layout
+    return {"conditioning": conditioning, "node_layout": {"layer": layout} if layout else {}} | options
+
+
+def canonical(seed: int = 3) -> Tensor:
+    """An input ``b t n c`` that collects gradients."""
+    x = torch.randn(B, T, N, C, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.requires_grad_()
+
+
+def expected_output(host: Host, base: nn.Module, x: Tensor, conditioning: str, factors: Any, scale: float) -> Tensor:
+    """What the formula gives, in the layout ``b t n c``."""
+    out = host.unfold(host.call(base, host.fold(x)))
+    z = out if host.on_output else x
+    if host.temporal is None:
+        return out + reference.pointwise_update(z, conditioning, factors, scale)
+    factors = factors | {"A": factors["A"].flatten(3 if conditioning == "full" else 2)}
+    return out + reference.conv_update(z, conditioning, factors, scale, host.temporal)

@@ -1,0 +1,262 @@
+"""Ranges and combinations of the configuration, checked before any tensor exists."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import nn
+from toys import Holder, assert_unchanged, call, raised, small_backbone, snapshot
+
+from stlora_peft import PredictorConfig, STLoraConfig
+
+WHOLE = "a whole number of 1 or more"
+
+
+@pytest.mark.parametrize("name", ["r", "emb_size", "num_nodes", "window", "horizon"])
+@pytest.mark.parametrize("value", [0, -3, 2.0, True, "4"])
+def test_number_out_of_range_raises(name, value):
+    assert raised(lambda: STLoraConfig(**{name: value})) == {
+        "where": f"STLoraConfig.{name} is out of range",
+        "expected": WHOLE,
+        "got": repr(value),
+        "fix": "correct it",
+    }
+
+
+@pytest.mark.parametrize("name", ["r", "emb_size"])
+def test_number_that_must_be_there_raises_for_none(name):
+    assert raised(lambda: STLoraConfig(**{name: None}))["got"] == "None"
+
+
+def test_rank_of_a_pattern_out_of_range_names_the_layer():
+    lines = raised(lambda: STLoraConfig(rank_pattern={"head": 2, "lstm": 0}))
+    assert lines["where"] == "STLoraConfig.rank_pattern['lstm'] is out of range"
+    assert (lines["expected"], lines["got"]) == (WHOLE, "0")
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, float("nan"), None, "0.1"])
+@pytest.mark.parametrize(
+    ("make", "where"),
+    [
+        (lambda p: STLoraConfig(lora_dropout=p), "STLoraConfig.lora_dropout"),
+        (lambda p: PredictorConfig(dropout=p), "PredictorConfig.dropout"),
+    ],
+    ids=["adapter", "predictor"],
+)
+def test_dropout_out_of_range_raises(make, where, value):
+    lines = raised(lambda: make(value))
+    assert lines["where"] == f"{where} is out of range"
+    assert (lines["expected"], lines["got"]) == ("a probability in [0, 1)", repr(value))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "16"])
+@pytest.mark.parametrize("name", ["lora_alpha", "alpha_pattern"])
+def test_alpha_that_is_no_finite_number_raises(name, value):
+    given, where = (value, name) if name == "lora_alpha" else ({"lstm": value}, "alpha_pattern['lstm']")
+    lines = raised(lambda: STLoraConfig(**{name: given}))
+    assert lines["where"] == f"STLoraConfig.{where} is out of range"
+    assert (lines["expected"], lines["got"]) == ("a finite number", repr(value))
+
+
+def test_unknown_conditioning_lists_the_known():
+    assert raised(lambda: STLoraConfig(conditioning="gates")) == {
+        "where": "STLoraConfig.conditioning is unknown",
+        "expected": "'gate', 'core', 'full', 'embedding', 'shared'",
+        "got": "'gates'",
+        "fix": "choose one of them; 'gate' is the default",
+    }
+
+
+@pytest.mark.parametrize("value", ["on", True, 3])
+def test_unknown_predictor_raises(value):
+    lines = raised(lambda: STLoraConfig(predictor=value))
+    assert lines["where"] == "STLoraConfig.predictor is unknown"
+    assert (lines["expected"], lines["got"]) == ("'auto', a PredictorConfig or None", repr(value))
+
+
+@pytest.mark.parametrize("name", ["width", "num_layers", "r", "window", "horizon", "in_channels", "out_channels"])
+def test_predictor_number_out_of_range_raises(name):
+    lines = raised(lambda: PredictorConfig(**{name: 0}))
+    assert (lines["where"], lines["expected"]) == (f"PredictorConfig.{name} is out of range", WHOLE)
+
+
+@pytest.mark.parametrize("name", ["width", "num_layers"])
+def test_predictor_number_that_must_be_there_raises_for_none(name):
+    assert raised(lambda: PredictorConfig(**{name: None}))["got"] == "None"
+
+
+@pytest.mark.parametrize("name", ["input_layout", "output_layout"])
+@pytest.mark.parametrize("layout", ["b t n", "b t n n c", "(b t) n c", ""])
+def test_predictor_layout_must_be_an_order_of_four_axes(name, layout):
+    lines = raised(lambda: PredictorConfig(**{name: layout}))
+    assert lines == {
+        "where": f"PredictorConfig.{name} cannot be read",
+        "expected": "some order of the four axes 'b t n c'",
+        "got": repr(layout),
+        "fix": "write e.g. 'b t n c' or 'b n c t'",
+    }
+
+
+def test_wrong_node_layout_raises_in_the_configuration():
+    assert raised(lambda: STLoraConfig(node_layout={"lstm": "b t c"}))["got"] == "no node axis 'n'"
+
+
+def test_layers_pattern_alone_raises():
+    lines = raised(lambda: STLoraConfig(layers_pattern="layers"))
+    assert lines["where"] == "STLoraConfig.layers_pattern has no effect alone"
+    assert lines["got"] == "layers_pattern='layers' and no layers_to_transform"
+
+
+def test_layers_to_transform_with_an_expression_raises():
+    lines = raised(lambda: STLoraConfig(target_modules=".*lin", layers_to_transform=[0]))
+    assert lines["where"] == "STLoraConfig.layers_to_transform cannot be used here"
+    assert lines["got"] == "the expression '.*lin'"
+
+
+def test_node_ids_of_another_number_raise():
+    lines = raised(lambda: STLoraConfig(num_nodes=3, node_ids=["a", "b"]))
+    assert lines["where"] == "STLoraConfig.node_ids does not fit num_nodes"
+    assert (lines["expected"], lines["got"]) == ("3 names", "2 names")
+
+
+@pytest.mark.parametrize("name", ["node_bound", "modules_to_save"])
+def test_one_name_instead_of_a_list_raises(name):
+    lines = raised(lambda: STLoraConfig(**{name: "norm"}))
+    assert lines["where"] == f"STLoraConfig.{name} is no list"
+    assert (lines["expected"], lines["got"]) == ("a list of names", "'norm'")
+    assert lines["fix"] == f"write {name}=['norm']"
+
+
+# -- what is valid ------------------------------------------------------------------------------------------
+
+
+def test_config_without_arguments_is_valid():
+    config = STLoraConfig()
+    assert (config.r, config.lora_alpha, config.conditioning, config.num_nodes) == (8, 16, "gate", None)
+
+
+def test_config_is_json_and_reads_back_as_it_was(tmp_path):
+    config = STLoraConfig(
+        num_nodes=3,
+        target_modules=["b", "a"],
+        exclude_modules=["c"],
+        conditioning="core",
+        predictor=PredictorConfig(width=8, output_layout="b n t c"),
+        node_layout={"a": "(b n) t c"},
+        node_bound=["norm"],
+        rank_pattern={"a": 2},
+        alpha_pattern={"a": 0.5},
+        node_ids=["x", "y", "z"],
+        scaler={"mean": [1.5], "std": [2.5]},
+        window=12,
+        horizon=3,
+        base_fingerprint="ab",
+    )
+    config.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert content["peft_type"] == "STLORA"
+    for found in (STLoraConfig.from_pretrained(tmp_path), PeftConfig.from_pretrained(str(tmp_path))):
+        assert type(found) is STLoraConfig
+        left, right = config.to_dict(), found.to_dict()
+        changed = {key for key in left if left[key] != right[key]}
+        assert changed <= {"inference_mode"}
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_config_survives_pickle_and_deepcopy(protocol):
+    config = STLoraConfig(num_nodes=3, predictor=PredictorConfig(width=8))
+    assert pickle.loads(pickle.dumps(config, protocol)) == config
+    assert copy.deepcopy(config) == config
+    assert copy.deepcopy(config).peft_type is config.peft_type
+
+
+def test_config_used_for_two_backbones_fits_both():
+    config = STLoraConfig(num_nodes=5)
+    before = config.to_dict()
+    for seed in (0, 1):
+        for name in ("lstm", "stgcn"):
+            model = get_peft_model(small_backbone(name, seed=seed), config)
+            assert call(model, 5).shape == (2, 4, 5, 1)
+    after = config.to_dict()
+    assert {key for key in before if before[key] != after[key]} <= {"base_model_name_or_path"}
+
+
+# -- what can only be checked beside a backbone -------------------------------------------------------------
+
+
+def unknown(holder: nn.Module, **options: Any) -> dict[str, str]:
+    before = snapshot(holder)
+    lines = raised(lambda: get_peft_model(holder, STLoraConfig(**options)))
+    assert_unchanged(holder, before)
+    return lines
+
+
+def test_number_of_nodes_is_needed_by_every_conditioning_but_shared():
+    for conditioning in ("gate", "core", "full", "embedding"):
+        assert unknown(Holder(nn.Linear(2, 2)), target_modules=["layer"], conditioning=conditioning) == {
+            "where": "stlora adapter 'default': the number of nodes is not known",
+            "expected": "STLoraConfig(num_nodes=<N>)",
+            "got": "num_nodes=None",
+            "fix": "pass the number of nodes (sensors) of the city",
+        }
+    model = get_peft_model(Holder(nn.Linear(2, 2)), STLoraConfig(target_modules=["layer"], conditioning="shared"))
+    assert model(torch.zeros(3, 2)).shape == (3, 2)
+
+
+def test_targets_are_needed_for_a_backbone_without_defaults():
+    assert unknown(Holder(nn.Linear(2, 2)), num_nodes=3) == {
+        "where": "Please specify `target_modules` in STLoraConfig",
+        "expected": "names of layers, or a backbone with defaults of its own",
+        "got": "target_modules=None on a Holder",
+        "fix": "pass target_modules=[<names from backbone.named_modules()>] or 'all-linear'",
+    }
+
+
+def test_defaults_of_a_known_backbone_are_filled_in():
+    model = get_peft_model(small_backbone("stgcn"), STLoraConfig(num_nodes=5))
+    config = model.peft_config["default"]
+    assert config.target_modules == {"conv_1", "conv_2", "conv_3", "_graph_conv", "head.hidden", "head.output"}
+    assert config.node_bound == ["block1._batch_norm", "block2._batch_norm"]
+    assert len(config.base_fingerprint) == 64
+
+
+@pytest.mark.parametrize(("name", "layers"), [("lstm", {"head"}), ("stgcn", {"head.hidden", "head.output", "lins"})])
+def test_all_linear_takes_linear_layers_of_torch_and_pyg(name, layers):
+    model = get_peft_model(small_backbone(name), STLoraConfig(num_nodes=5, target_modules="all-linear"))
+    found = model.peft_config["default"].target_modules
+    assert {key.rpartition(".lins")[1].strip(".") or key for key in found} == layers
+    assert call(model, 5).shape == (2, 4, 5, 1)
+
+
+def test_patterns_give_layers_their_own_rank_and_alpha():
+    config = STLoraConfig(num_nodes=5, r=4, rank_pattern={"head.*": 2}, alpha_pattern={"conv_1": 3}, predictor=None)
+    model = get_peft_model(small_backbone("stgcn"), config)
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "nall_B")}
+    assert layers
+    for name, layer in layers.items():
+        rank, alpha = 2 if "head" in name else 4, 3 if name.endswith("conv_1") else 16
+        assert (layer.r["default"], layer.lora_alpha["default"]) == (rank, alpha)
+        assert layer.scaling["default"] == alpha / rank
+        assert layer.nall_B["default"].shape[1] == rank
+
+
+def test_excluded_and_numbered_layers_are_left_out():
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = nn.ModuleList(nn.ModuleDict({"lin": nn.Linear(2, 2)}) for _ in range(4))
+            self.encoder = nn.ModuleDict({"layers": layers})
+
+    def found(**options: Any) -> set[str]:
+        model = get_peft_model(Stack(), STLoraConfig(num_nodes=3, target_modules=["lin"], predictor=None, **options))
+        return {name.split(".")[4] for name, module in model.named_modules() if hasattr(module, "nall_B")}
+
+    assert found() == {"0", "1", "2", "3"}
+    assert found(exclude_modules=["layers.1.lin"]) == {"0", "2", "3"}
+    assert found(layers_to_transform=[0, 2], layers_pattern="layers") == {"0", "2"}

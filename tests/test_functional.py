@@ -1,0 +1,110 @@
+"""The free functions against numbers worked out by hand and against loops, in every order of axes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from toys import assert_same
+
+from stlora_peft.tuner.functional import core_update, delta_weight, full_conv, full_update, gate_update
+
+AXES = list(itertools.permutations(range(4), 2))
+
+
+def arranged(x: torch.Tensor, node: int, channel: int) -> torch.Tensor:
+    """``[b t n c]`` with nodes and channels moved to the axes asked for."""
+    return x.movedim((2, 3), (node, channel))
+
+
+def test_gate_update_two_nodes_matches_hand_computed_values():
+    u = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])  # [b n r]
+    gate, bias = torch.tensor([[1.0, 10.0], [0.0, -1.0]]), torch.tensor([[0.5, 0.0], [7.0, 0.25]])
+    assert gate_update(u, gate, bias, 1, 2).tolist() == [[[1.5, 20.0], [7.0, -3.75]]]
+
+
+def test_core_update_two_nodes_matches_hand_computed_values():
+    u = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+    core = torch.tensor([[[0.0, 1.0], [1.0, 0.0]], [[1.0, 1.0], [2.0, 0.0]]])
+    assert core_update(u, core, 1, 2).tolist() == [[[2.0, 1.0], [7.0, 6.0]]]
+
+
+def test_full_update_two_nodes_rank_one_matches_hand_computed_values():
+    x = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+    weight = torch.tensor([[[1.0, -1.0]], [[10.0, 100.0]]])
+    assert full_update(x, weight, 1, 2).tolist() == [[[-1.0], [430.0]]]
+
+
+def test_full_conv_two_nodes_matches_hand_computed_values():
+    x = torch.tensor([[[[1.0, 2.0, 4.0]], [[1.0, 2.0, 4.0]]]])  # [b n c t]
+    weight = torch.tensor([[[[1.0, 1.0]]], [[[1.0, -1.0]]]])
+    assert full_conv(x, weight, 1, 2, [1], [1]).tolist() == [[[[3.0, 6.0]], [[-1.0, -2.0]]]]
+    assert full_conv(x, weight, 1, 2, [1], [2]).tolist() == [[[[5.0]], [[-3.0]]]]
+
+
+def test_delta_weight_matches_hand_computed_values():
+    up, down = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0]])
+    assert delta_weight(up, down, 0.5).tolist() == [[1.5, 2.0], [3.0, 4.0]]
+
+
+@pytest.mark.parametrize(("node", "channel"), AXES)
+def test_updates_on_any_axes_equal_those_on_the_last(node, channel):
+    u = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    gate, bias, core = torch.randn(4, 5).double(), torch.randn(4, 5).double(), torch.randn(4, 5, 5).double()
+    weight = torch.randn(4, 6, 5).double()
+    view = arranged(u, node, channel)
+    gated = u * gate + bias
+    mixed = torch.stack([u[:, :, n] @ core[n].T for n in range(4)], dim=2)
+    projected = torch.stack([u[:, :, n] @ weight[n].T for n in range(4)], dim=2)
+    assert_same(gate_update(view, gate, bias, node, channel), arranged(gated, node, channel))
+    assert_same(core_update(view, core, node, channel), arranged(mixed, node, channel))
+    assert_same(full_update(view, weight, node, channel), arranged(projected, node, channel))
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3), (0,)])
+@pytest.mark.parametrize("kernel", [(3,), (2, 3)])
+def test_full_conv_equals_one_convolution_for_each_node(kernel, batch):
+    stride, dilation = [2, 1][: len(kernel)], [1, 2][: len(kernel)]
+    x = torch.randn(*batch, 4, 5, *(9, 8)[: len(kernel)], dtype=torch.float64)  # [... n c *]
+    weight = torch.randn(4, 6, 5, *kernel, dtype=torch.float64)
+    node, channel = len(batch), len(batch) + 1
+    conv = F.conv1d if len(kernel) == 1 else F.conv2d
+    expected = torch.stack(
+        [
+            conv(
+                x.select(node, n).flatten(0, len(batch) - 1) if batch else x[n][None],
+                weight[n],
+                None,
+                stride,
+                0,
+                dilation,
+            )
+            for n in range(4)
+        ]
+    )  # [n b r *]
+    found = full_conv(x, weight, node, channel, stride, dilation)
+    assert found.shape[: len(batch)] == batch
+    assert_same(found.reshape(-1, *found.shape[len(batch) :]), expected.movedim(0, 1))
+
+
+def test_full_conv_with_nodes_last_keeps_the_order_of_axes():
+    x, weight = torch.randn(2, 5, 7, 4).double(), torch.randn(4, 6, 5, 3).double()  # [b c t n]
+    expected = torch.stack([F.conv1d(x[..., n], weight[n], None, 2) for n in range(4)], dim=-1)
+    assert_same(full_conv(x, weight, 3, 1, [2], [1]), expected)
+
+
+@pytest.mark.parametrize("function", ["gate", "core", "full", "conv", "delta"])
+def test_gradients_equal_finite_differences(function):
+    def parameter(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    calls = {
+        "gate": (lambda u, g, h: gate_update(u, g, h, 1, 2), (parameter(2, 3, 2), parameter(3, 2), parameter(3, 2))),
+        "core": (lambda u, g: core_update(u, g, 1, 2), (parameter(2, 3, 2), parameter(3, 2, 2))),
+        "full": (lambda x, a: full_update(x, a, 1, 2), (parameter(2, 3, 4), parameter(3, 2, 4))),
+        "conv": (lambda x, a: full_conv(x, a, 2, 1, [2], [2]), (parameter(2, 2, 3, 6), parameter(3, 2, 2, 2))),
+        "delta": (lambda b, a: delta_weight(b, a, 2.5), (parameter(3, 2), parameter(2, 4, 3))),
+    }
+    assert torch.autograd.gradcheck(*calls[function])
