@@ -49,7 +49,7 @@ class TrainingOptions:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     max_epochs: int = 50
-    patience: int = 5
+    patience: int = 10
     batch_size: int = 32
     eval_batch_size: int = 64
     max_grad_norm: float = 5.0

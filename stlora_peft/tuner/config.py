@@ -43,7 +43,7 @@ class PredictorConfig:
     width: int = 64
     num_layers: int = 2
     r: int | None = None
-    dropout: float = 0.0
+    dropout: float = 0.1
     input_layout: str = "b t n c"
     output_layout: str = "b t n c"
     window: int | None = None

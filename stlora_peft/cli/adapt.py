@@ -1,0 +1,137 @@
+"""``stlora adapt``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.markup import escape
+
+from stlora_peft.cli.files import check_adapter_folder
+from stlora_peft.cli.options import Base, Force, LearningRate, Output, Reading, Seed, Training
+from stlora_peft.cli.screen import bold
+from stlora_peft.cli.tables import number, unit
+from stlora_peft.cli.training import Resumable, training_line, training_summary
+from stlora_peft.reports import KIB
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+
+    from stlora_peft.data import CityData
+
+EXAMPLE = "Example:  stlora adapt shenzhen-flow.npz --base runs/la --days 3 --out runs/shenzhen"
+_ADAPTER = "Adapter"
+
+Days = Annotated[
+    float | None,
+    typer.Option(
+        metavar="DAYS",
+        help="Days from the start of the record that may be used; their last quarter validates.",
+        show_default="all before the last 20 % of the record",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What kind of adapter is trained."""
+
+    conditioning: Annotated[
+        Literal["gate", "core", "full", "embedding", "shared"],
+        typer.Option(
+            metavar="FORM",
+            help="How a node takes part in the update: gate, core, full, embedding, shared.",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = "gate"
+    rank: Annotated[int, typer.Option(metavar="N", min=1, help="Rank of the update.", rich_help_panel=_ADAPTER)] = 8
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="The update is scaled by alpha / rank.",
+            rich_help_panel=_ADAPTER,
+            show_default="twice the rank",
+        ),
+    ] = None
+    predictor: Annotated[
+        bool, typer.Option(help="Node-specific predictor behind the backbone.", rich_help_panel=_ADAPTER)
+    ] = True
+
+    def build(self, backbone: nn.Module, data: CityData, seed: int) -> PeftModel:
+        """Put an untrained adapter on a copy of the backbone."""
+        import torch
+
+        from stlora_peft.methods import build_adapter
+
+        alpha = 2 * self.rank if self.alpha is None else self.alpha
+        settings: dict[str, Any] = {"conditioning": self.conditioning, "r": self.rank, "lora_alpha": alpha}
+        torch.manual_seed(seed)
+        return build_adapter(backbone, data, **settings, **({} if self.predictor else {"predictor": None}))
+
+
+def adapt(
+    reading: Reading,
+    base: Base,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the adapter.", show_default=False)],
+    adapter: Adapter,
+    training: Training,
+    output: Output,
+    days: Days = None,
+    learning_rate: LearningRate = 1e-3,
+    seed: Seed = 0,
+    force: Force = False,
+) -> None:
+    """Adapt a backbone to another city with a few days of its data.
+
+    The backbone stays as it is. What is trained is the city's adapter, a small folder of its own.
+    """
+    screen = output.screen()
+    with screen.working("reading the city and the backbone"):
+        from stlora_peft.comparison import adaptation_data
+        from stlora_peft.storage import ADAPTER_WEIGHTS, load_backbone, save_adapter
+
+        check_adapter_folder(out, force)
+        options = training.options(learning_rate=learning_rate, seed=seed)
+        saved = load_backbone(base)
+        city = reading.city()
+        data = adaptation_data(saved, city, days)
+        model = adapter.build(saved.backbone, data, seed)
+    screen.say(
+        f"Adapting {bold(saved.backbone.name)} of {escape(saved.city)} to {bold(city.name)} "
+        f"({city.num_nodes} sensors): "
+        f"{len(data.train):,} windows from the first {len(data.split.given) / city.steps_per_day:g} day(s)"
+    )
+    checkpoints = Resumable(out, force)
+    result = checkpoints.train(screen, "adapt", model, data, options)
+    save_adapter(out, model)
+    checkpoints.delete()
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    backbone_size = sum(parameter.numel() for parameter in saved.backbone.parameters())
+    size = (out / ADAPTER_WEIGHTS).stat().st_size
+    before = result.history[0]["val_mae"]
+    screen.say("")
+    screen.facts(
+        validation_MAE=f"{number(before)} before, {number(result.best_val_mae)} after; {unit(city)}",
+        training=training_line(result),
+        trained=f"{trained:,} parameters, {trained / backbone_size:.1%} of the backbone's {backbone_size:,}",
+        adapter=f"{out} ({size / KIB:,.0f} KiB)",
+    )
+    screen.next("stlora", "evaluate", reading.city_file, "--base", base, "--adapter", out, *reading.words())
+    screen.finish(
+        {
+            "out": str(out),
+            "base": str(base),
+            "city": city.name,
+            "quantity": city.quantity,
+            "days": days,
+            "trainable_parameters": trained,
+            "backbone_parameters": backbone_size,
+            "adapter_bytes": size,
+            "val_mae_before": before,
+            "training": training_summary(result),
+        }
+    )

@@ -1,0 +1,131 @@
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stlora_peft.reports import Spread, environment, markdown_table, source_commit, summarise, write_markdown
+
+
+def row(method: str, mae: float | None, seed: int = 0, days: float | None = 3, trained: int = 100) -> dict[str, Any]:
+    errors = {"mae": mae, "rmse": 2.0, "mape": 10.0}
+    return {
+        "method": method,
+        "implementation": f"how {method} works",
+        "days": days,
+        "seed": seed,
+        "horizons": {"3": errors, "average": errors},
+        "mae": mae,
+        "trainable_parameters": trained,
+        "total_parameters": 1000,
+        "adapter_bytes": 2048,
+        "seconds": 4.0 + seed,
+    }
+
+
+ROWS = [
+    row("zero-shot", 3.0, 0, trained=0),
+    row("zero-shot", 3.0, 1, trained=0),
+    row("head", 1.0),
+    row("head", 2.0, 1),
+]
+
+
+def test_spread_of_three_values_is_mean_and_sample_deviation() -> None:
+    spread = Spread.of([1.0, 2.0, 6.0])
+    assert spread.mean == 3.0
+    assert spread.std == pytest.approx(7.0**0.5)
+
+
+def test_spread_with_a_value_that_is_not_finite_has_no_mean() -> None:
+    assert Spread.of([1.0, None]) == Spread(None)
+    assert Spread.of([]) == Spread(None)
+
+
+def test_summarise_puts_seeds_together_and_keeps_the_order() -> None:
+    zero, head = summarise(ROWS)
+    assert (zero.method, head.method) == ("zero-shot", "head")
+    assert head.seeds == (0, 1)
+    assert head.errors["3"]["mae"] == head.mae == Spread.of([1.0, 2.0])
+    assert head.seconds == 4.5
+
+
+def test_summarise_untrained_method_counts_once_and_has_no_spread() -> None:
+    zero = summarise(ROWS)[0]
+    assert zero.seeds == (0,)
+    assert zero.mae == Spread(3.0, None)
+
+
+def test_summarise_keeps_days_apart() -> None:
+    summaries = summarise([row("full", 1.0, days=3), row("full", 2.0, days=7)])
+    assert [(summary.days, summary.mae.mean) for summary in summaries] == [(3, 1.0), (7, 2.0)]
+
+
+def test_markdown_table_has_units_spread_and_the_lowest_mae_in_bold() -> None:
+    assert markdown_table(summarise(ROWS), interval_minutes=5) == [
+        "| method | MAE | MAE 15 min | RMSE | MAPE % | trained parameters | file KiB | training s | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| `zero-shot` | 3.000 | 3.000 | 2.000 | 10.0 | 0 | 2 | 4 | - |",
+        "| `head` | **1.500 ± 0.707** | 1.500 ± 0.707 | 2.000 ± 0.000 | 10.0 ± 0.0 | 100 | 2 | 4 | 0, 1 |",
+    ]
+
+
+def test_markdown_table_without_any_finite_mae_has_nothing_in_bold() -> None:
+    lines = markdown_table(summarise([row("full", None)]), interval_minutes=5)
+    assert lines[2].startswith("| `full` | - | - | 2.000 |")
+    assert "**" not in lines[2]
+
+
+def test_write_markdown_says_unit_days_methods_settings_and_versions(tmp_path: Path) -> None:
+    path = tmp_path / "results.md"
+    write_markdown(
+        path,
+        [*ROWS, row("full", 4.0, days=None)],
+        title="A to B",
+        quantity="speed (km/h)",
+        interval_minutes=5,
+        settings={"city": "B: 5 sensors"},
+        figure="results.png",
+    )
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# A to B"
+    assert "Errors on the test part, the last 20 % of the record; MAE and RMSE: speed (km/h)." in lines
+    assert [line for line in lines if line.startswith("## ")] == [
+        "## 3 days given",
+        "## All days before the test part given",
+        "## Methods",
+        "## Settings",
+    ]
+    assert "- `head`: how head works" in lines
+    assert "| city | B: 5 sensors |" in lines
+    assert "![MAE of the methods, and MAE against trained parameters](results.png)" in lines
+    assert any(line.startswith("| torch | 2.") for line in lines)
+    assert not (tmp_path / "results.png").exists()
+
+
+def test_environment_names_python_and_the_machine() -> None:
+    known = environment()
+    assert known["python"].count(".") == 2
+    assert known["machine"].endswith(" cores")
+
+
+def test_source_commit_in_a_repository_says_the_commit_and_whether_files_changed(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    git("init", "--quiet")
+    (tmp_path / "reports.py").write_text("1\n")
+    assert source_commit(tmp_path) is None  # a package that is not part of the repository around it
+    git("add", "reports.py")
+    git("commit", "--quiet", "--message", "first")
+    commit = git("rev-parse", "HEAD").strip()
+    assert source_commit(tmp_path) == commit
+    (tmp_path / "reports.py").write_text("2\n")
+    assert source_commit(tmp_path) == f"{commit} + changes"
+
+
+def test_source_commit_outside_of_git_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert source_commit(tmp_path) is None
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git at all
+    assert source_commit(tmp_path) is None
