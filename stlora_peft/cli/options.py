@@ -129,7 +129,7 @@ class Training:
         typer.Option(
             metavar="N", min=1, help="Epochs without a better validation before stopping.", rich_help_panel=_TRAINING
         ),
-    ] = 5
+    ] = 10
     batch_size: Annotated[
         int, typer.Option(metavar="N", min=1, help="Windows in one step.", rich_help_panel=_TRAINING)
     ] = 32
