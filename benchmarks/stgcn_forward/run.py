@@ -8,13 +8,10 @@ that other work on the machine falls on both. Writes ``results.json`` and ``resu
 
 from __future__ import annotations
 
-import argparse
-import platform
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +20,12 @@ from torch import Tensor, nn
 
 from stlora_peft.backbones import tgt
 from stlora_peft.backbones.stconv import STConv
-from stlora_peft.files import atomic_write, write_json
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))
+
+from common import environment, footer, read_options, write_results  # noqa: E402 - found by the line above
+
 NODES, STEPS, BATCH, HIDDEN, ORDER, EDGES = 207, 12, 32, 32, 3, 1612
 PACKAGES = ("torch", "torch-geometric", "torch-geometric-temporal")
 
@@ -83,23 +83,8 @@ def compare(in_channels: int, repeats: int) -> dict[str, Any]:
     return row
 
 
-def environment(threads: int, repeats: int) -> dict[str, Any]:
-    """What the numbers depend on."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=FOLDER, capture_output=True, text=True)
-    return {
-        "commit": git.stdout.strip() if git.returncode == 0 else "none",
-        "threads": threads,
-        "repeats": repeats,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "packages": {name: version(name) for name in PACKAGES},
-        "sizes": {"N": NODES, "T": STEPS, "B": BATCH, "hidden": HIDDEN, "K": ORDER, "edges": EDGES},
-    }
-
-
 def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """The results as Markdown."""
-    packages = ", ".join(f"{name} {number}" for name, number in about["packages"].items())
     lines = [
         "# Training step of one STConv block",
         "",
@@ -117,28 +102,17 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
             f"| {apart['output']:.1e} of {apart['output_range']:.1f} |"
         )
     sizes = ", ".join(f"{key}={value}" for key, value in about["sizes"].items())
-    lines += [
-        "",
-        f"{sizes}; {about['threads']} thread(s), {about['repeats']} repeats in turns, commit {about['commit']}, "
-        f"Python {about['python']} on {about['machine']}, {packages}.",
-    ]
+    lines += ["", f"{sizes}; {footer(about)}"]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Run the comparison for the input of a first block and of a second one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=7)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = read_options(__doc__, repeats=7)
     rows = [compare(channels, options.repeats) for channels in (3, HIDDEN)]
-    about = environment(options.threads, options.repeats)
-    text = table(rows, about)
-    write_json(FOLDER / "results.json", {"environment": about, "rows": rows})
-    with atomic_write(FOLDER / "results.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    print(text)
+    sizes = {"N": NODES, "T": STEPS, "B": BATCH, "hidden": HIDDEN, "K": ORDER, "edges": EDGES}
+    about = environment(options, PACKAGES) | {"sizes": sizes}
+    write_results(FOLDER, rows, about, table(rows, about))
 
 
 if __name__ == "__main__":

@@ -139,9 +139,9 @@ def time_encoding(
     with :math:`m` the minute of the day and :math:`d` the day of the week (0 for Monday), in local time without
     daylight saving. ``"day"`` takes the first two, ``"week"`` all four.
 
-    Where the clock is not known, :math:`m` counts from the first step of the record: the days still turn, though no one
-    can say which phase is noon, so an adapted model can learn a daily course and a model that was only trained elsewhere
-    must not rely on it. The day of the week is zeros then.
+    Where the clock is not known, :math:`m` counts from the first step of the record: the days still turn, though no
+    one can say which phase is noon. An adapted model can learn a daily course from it; a model that was only trained
+    elsewhere must not rely on it. The day of the week is zeros then.
 
     Args:
         num_steps: Length of the record.

@@ -1,0 +1,57 @@
+"""What every timing has in common: options, what the numbers depend on, and where they are written."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stlora_peft.files import atomic_write, write_json
+
+
+def read_options(description: str | None, repeats: int) -> argparse.Namespace:
+    """Read ``--threads`` and ``--repeats`` and set the number of threads."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def environment(options: argparse.Namespace, packages: Sequence[str]) -> dict[str, Any]:
+    """What the numbers depend on."""
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "commit": git.stdout.strip() if git.returncode == 0 else "none",
+        "threads": options.threads,
+        "repeats": options.repeats,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "packages": {name: version(name) for name in packages},
+    }
+
+
+def footer(about: dict[str, Any]) -> str:
+    """The environment in one line."""
+    packages = ", ".join(f"{name} {number}" for name, number in about["packages"].items())
+    return (
+        f"{about['threads']} thread(s), {about['repeats']} repeats in turns, commit {about['commit']}, "
+        f"Python {about['python']} on {about['machine']}, {packages}."
+    )
+
+
+def write_results(folder: Path, rows: list[dict[str, Any]], about: dict[str, Any], text: str) -> None:
+    """Write ``results.json`` and ``results.md``, and show the table."""
+    write_json(folder / "results.json", {"environment": about, "rows": rows})
+    with atomic_write(folder / "results.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(text)
