@@ -23,7 +23,7 @@ from stlora_peft import STLoraConfig
 from stlora_peft.backbones import BACKBONES, build_backbone
 from stlora_peft.files import atomic_write
 from stlora_peft.tuner.conditioning import CONDITIONINGS
-from stlora_peft.tuner.layers import host_layers
+from stlora_peft.tuner.host_layers import host_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from toys import CONDITIONINGS, assert_unchanged, raised, snapshot
 
 from stlora_peft import STLoraConfig
-from stlora_peft.tuner.layers import STLoraLayer, STLoraLinear
+from stlora_peft.tuner.host_layers import STLoraLinear
+from stlora_peft.tuner.layers import STLoraLayer
 from stlora_peft.tuner.registration import PREFIX
 
 on_every_toy = pytest.mark.parametrize(("name", "conditioning"), GRID)
@@ -110,7 +111,9 @@ def test_adapter_module_answers_for_its_layer(name: str) -> None:
 
 
 def test_dropout_acts_in_training_only() -> None:
-    model = adapted("linear", lora_dropout=0.5)
+    model = adapted("city", lora_dropout=0.5)
+    model.add_adapter("oslo", config("city", lora_dropout=0.5))  # in evaluation mode, as the model is
+    model.set_adapter("oslo")
     assert torch.equal(forecast(model), forecast(model))
     model.train()
     assert not torch.equal(forecast(model), forecast(model))
@@ -173,14 +176,21 @@ def test_config_comes_back_from_its_file(tmp_path: Path) -> None:
     assert found.node_bound == ["norm"]
 
 
-def test_adapters_are_saved_apart(tmp_path: Path) -> None:
-    model = adapted("city", "embedding")
-    for name in ("default2", "other_default", "efaul"):  # parts of one another
-        model.add_adapter(name, config("city", "embedding"))
+@on_city
+def test_adapters_are_saved_apart(conditioning: str, tmp_path: Path) -> None:
+    model = adapted("city", conditioning, modules_to_save=["head"])
+    keys = set(get_peft_model_state_dict(model))
+    names = ("default2", "other_default", "efaul")  # parts of one another
+    for name in names:
+        model.add_adapter(name, config("city", conditioning, modules_to_save=["head"]))
     model.save_pretrained(tmp_path)
-    count = len(get_peft_model_state_dict(model))
-    for folder in (tmp_path, tmp_path / "default2", tmp_path / "other_default", tmp_path / "efaul"):
-        assert len(load_file(folder / "adapter_model.safetensors")) == count
+    model.requires_grad_(False)
+    for name in ("default", *names):
+        folder = tmp_path if name == "default" else tmp_path / name
+        assert set(load_file(folder / "adapter_model.safetensors")) == keys
+        model.set_adapter(name)
+        model.requires_grad_(False)
+        assert torch.equal(forecast(PeftModel.from_pretrained(toy("city"), folder)), forecast(model))
 
 
 @on_both_memory_modes

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from stlora_peft.errors import message
+from stlora_peft.files import atomic_write
+from stlora_peft.tuner.registration import PREFIX
+
+_WHOLE = "node_bound|predictor"  # containers of modules; the others hold one tensor for each adapter
+_OF_ANOTHER_ADAPTER = re.compile(rf"\.{PREFIX}(?:(?:{_WHOLE})\.[^.]+|(?!(?:{_WHOLE})\.)\w+)\.[^.]+$")
 
 
 def describe_tensors(folder: Path) -> dict[str, list[int]] | None:
@@ -19,6 +26,24 @@ def describe_tensors(folder: Path) -> dict[str, list[int]] | None:
         return None
     with safe_open(file, framework="pt") as content:
         return {key: list(content.get_slice(key).get_shape()) for key in sorted(content.keys())}
+
+
+def drop_other_adapters(folder: Path) -> None:
+    """Take the tensors of other adapters out of the adapter file in ``folder``.
+
+    PEFT before 0.20 writes those of all adapters into the file of each; an adapter's own have lost its name.
+    """
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        return
+    with safe_open(file, framework="pt") as content:
+        keys, metadata = list(content.keys()), content.metadata()
+        own = [key for key in keys if not _OF_ANOTHER_ADAPTER.search(key)]
+        if len(own) == len(keys):
+            return
+        tensors = {key: content.get_tensor(key) for key in own}
+    with atomic_write(file) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def check_adapter_file(folder: Path, tensors: Mapping[str, list[int]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftConfig
 
 from stlora_peft.errors import message
-from stlora_peft.tuner.adapter_file import check_adapter_file, describe_tensors
+from stlora_peft.tuner.adapter_file import check_adapter_file, describe_tensors, drop_other_adapters
 from stlora_peft.tuner.conditioning import CONDITIONINGS
 from stlora_peft.tuner.layout import parse_layout
 from stlora_peft.tuner.registration import stlora_type
@@ -230,6 +230,7 @@ class STLoraConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write ``adapter_config.json`` with the shapes of the tensors that PEFT saved beside it."""
+        drop_other_adapters(Path(save_directory))
         self.tensors = describe_tensors(Path(save_directory))
         try:
             super().save_pretrained(str(save_directory), **kwargs)

@@ -10,8 +10,8 @@ from torch import nn
 from stlora_peft.errors import message
 from stlora_peft.tuner.conditioning import factor_shapes
 from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
+from stlora_peft.tuner.host_layers import layer_sizes
 from stlora_peft.tuner.identity import base_tensors
-from stlora_peft.tuner.layers import layer_sizes
 from stlora_peft.tuner.node_bound import resize
 from stlora_peft.tuner.nodes import TABLE_ATTRIBUTE
 from stlora_peft.tuner.predictor import ATTRIBUTE, NodePredictor

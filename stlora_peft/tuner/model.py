@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,33 +10,30 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from stlora_peft.errors import message
-from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
+from stlora_peft.tuner.config import STLoraConfig
 from stlora_peft.tuner.guards import check_backbone_config, check_names
-from stlora_peft.tuner.identity import check_fingerprint, fingerprint
+from stlora_peft.tuner.host_layers import host_class
 from stlora_peft.tuner.known_layers import known_layout
-from stlora_peft.tuner.layers import STLoraLayer, STLoraLinear, check_mergeable, host_class, host_layers
-from stlora_peft.tuner.manifest import check_tensors, expected_tensors
-from stlora_peft.tuner.node_bound import NodeBoundLayer, _named, bound_size, spec_of
+from stlora_peft.tuner.layers import STLoraLayer, check_mergeable
+from stlora_peft.tuner.node_bound import NodeBoundLayer, find_module, spec_of
 from stlora_peft.tuner.nodes import TABLE_ATTRIBUTE, NodeTable
 from stlora_peft.tuner.predictor import (
     ATTRIBUTE,
     PredictorLayer,
     attach_predictor,
     detach_predictor,
-    required_size,
 )
+from stlora_peft.tuner.preparation import PreparingTuner, check_supported, layer_rank
 from stlora_peft.tuner.registration import PREFIX
 
-logger = logging.getLogger("stlora_peft")
 
-
-class STLoraModel(BaseTuner):
+class STLoraModel(PreparingTuner):
     """PEFT's tuner class for ST-LoRA; made by ``get_peft_model(backbone, STLoraConfig(...))``.
 
     Besides the adapted layers it owns what a city needs once: the node table of
@@ -48,151 +44,6 @@ class STLoraModel(BaseTuner):
     prefix: str = PREFIX
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's class attribute
-
-    # -- preparation: everything that can be wrong is found before the backbone is touched ---------------
-
-    @staticmethod
-    def get_model_config(model: nn.Module) -> dict[str, Any]:
-        """Read the backbone's configuration; what is no dictionary counts as none."""
-        config = BaseTuner.get_model_config(model)
-        return config if isinstance(config, dict) else {"model_type": "custom"}
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
-        config = cast(STLoraConfig, peft_config)
-        name = next(key for key, value in self.peft_config.items() if value is config)
-        if config.num_nodes is None and (config.conditioning != "shared" or config.node_bound):
-            raise ValueError(
-                message(
-                    f"stlora adapter '{name}': the number of nodes is not known",
-                    expected="STLoraConfig(num_nodes=<N>)",
-                    got="num_nodes=None",
-                    fix="pass the number of nodes (sensors) of the city",
-                )
-            )
-        self._resolve_targets(config)
-        self._resolve_predictor(config)
-        self._resolve_node_bound(config)
-        self._check_targets(config)
-        self._resolve_fingerprint(config, name)
-        self._check_saved_tensors(config, name)
-        return config
-
-    def _resolve_targets(self, config: STLoraConfig) -> None:
-        spec = spec_of(self.model)
-        if config.target_modules is None:
-            if spec is None:
-                raise ValueError(
-                    message(
-                        "Please specify `target_modules` in STLoraConfig",
-                        expected="names of layers, or a backbone with defaults of its own",
-                        got=f"target_modules=None on a {type(self.model).__name__}",
-                        fix="pass target_modules=[<names from backbone.named_modules()>] or 'all-linear'",
-                    )
-                )
-            config.target_modules = set(spec.target_modules)
-        elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-            config.target_modules = set(self._all_linear())
-
-    def _all_linear(self) -> Iterator[str]:
-        for key, module in self._candidates():
-            base = module.base_layer if isinstance(module, STLoraLinear) else module
-            if isinstance(base, nn.Module) and host_class(base) is STLoraLinear and STLoraLinear.refusal(base) is None:
-                yield key
-
-    def _candidates(self) -> Iterator[tuple[str, nn.Module]]:
-        """Named modules of the backbone that are not inside an adapter or a copy of PEFT's."""
-        inner: list[str] = []
-        for key, module in self.model.named_modules():
-            if not key or any(key.startswith(prefix) for prefix in inner):
-                continue
-            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                inner.append(f"{key}.")
-            if not isinstance(module, (NodeBoundLayer, NodeTable, PredictorLayer)):
-                yield key, module
-
-    def _module_names(self) -> Iterator[str]:
-        """Names that the backbone's modules have, wrapped or not."""
-        yield from (key for key, _ in self._candidates())
-        wrappers = (AuxiliaryTrainingWrapper, NodeBoundLayer)
-        yield from (key for key, module in self.model.named_modules() if isinstance(module, wrappers))
-
-    def _resolve_predictor(self, config: STLoraConfig) -> None:
-        spec = spec_of(self.model)
-        if config.predictor == "auto":
-            config.predictor = None
-            if config.conditioning != "shared" and spec is not None:
-                config.predictor = PredictorConfig(input_layout=spec.input_layout, output_layout=spec.output_layout)
-            elif config.conditioning != "shared":
-                logger.warning(
-                    "The node-specific predictor is off: the output layout of %s is not known. Switch it on with "
-                    "STLoraConfig(predictor=PredictorConfig(window=..., horizon=..., in_channels=..., "
-                    "out_channels=...)).",
-                    type(self.model).__name__,
-                )
-        if isinstance(config.predictor, PredictorConfig):
-            for name in ("window", "horizon", "in_channels", "out_channels"):
-                if getattr(config.predictor, name) is None:
-                    setattr(config.predictor, name, getattr(self.model, name, None))
-                required_size(config.predictor, name)
-            for name in ("window", "horizon"):
-                if getattr(config, name) is None:
-                    setattr(config, name, getattr(config.predictor, name))
-
-    def _resolve_node_bound(self, config: STLoraConfig) -> None:
-        if config.node_bound is None:
-            spec = spec_of(self.model)
-            config.node_bound = list(spec.node_bound) if spec and config.num_nodes is not None else []
-        for name in config.node_bound:
-            module = _named(self.model, name)
-            bound_size(module.base_layer if isinstance(module, NodeBoundLayer) else module, name)
-
-    def _targets(self, config: STLoraConfig) -> dict[str, nn.Module]:
-        """Layers to adapt by name, without the adapters that they may have."""
-        return {
-            key: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            for key, module in self._candidates()
-            if check_target_module_exists(config, key)
-        }
-
-    def _check_targets(self, config: STLoraConfig) -> None:
-        targets = self._targets(config)
-        for key, base in targets.items():
-            _check_supported(base, key, self.model.get_submodule(key.rpartition(".")[0]))
-            outer = next((other for other in targets if key.startswith(f"{other}.")), None)
-            if outer is not None:
-                raise ValueError(
-                    message(
-                        f"layer '{key}' is a part of layer '{outer}'",
-                        expected="layers that are not inside each other",
-                        got="both in target_modules",
-                        fix="leave one of them out, or name it in exclude_modules",
-                    )
-                )
-        needs_root = config.conditioning == "embedding" or config.predictor is not None
-        if needs_root and isinstance(self.model, (nn.Sequential, nn.ModuleList)):
-            raise ValueError(
-                message(
-                    f"a {type(self.model).__name__} cannot hold node vectors or a predictor",
-                    expected="a backbone with a forward of its own",
-                    got=f"a bare {type(self.model).__name__}, which would call them as layers",
-                    fix="wrap it in an nn.Module, or use conditioning='gate' and predictor=None",
-                )
-            )
-
-    def _check_saved_tensors(self, config: STLoraConfig, name: str) -> None:
-        if config.tensors is not None:
-            layers = {key: (base, _rank(config, key)) for key, base in self._targets(config).items()}
-            bound = {key: _named(self.model, key) for key in config.node_bound or []}
-            bound = {key: m.base_layer if isinstance(m, NodeBoundLayer) else m for key, m in bound.items()}
-            check_tensors(self.model, config.tensors, expected_tensors(config, layers, bound), name)
-            config.tensors = None
-
-    def _resolve_fingerprint(self, config: STLoraConfig, name: str) -> None:
-        found = fingerprint(self.model)
-        if config.base_fingerprint is not None:
-            check_fingerprint(config.base_fingerprint, found, name)
-        elif config.freeze_backbone:
-            config.base_fingerprint = found
 
     # -- injection --------------------------------------------------------------------------------------
 
@@ -225,6 +76,8 @@ class STLoraModel(BaseTuner):
         for module in model.modules():
             if isinstance(module, (NodeBoundLayer, NodeTable, PredictorLayer)):
                 module.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            if isinstance(module, BaseTunerLayer) and not model.training:
+                module.eval()  # new modules begin in training mode, with dropout, whatever the backbone's mode is
         self._keep_frozen_statistics()
 
     def _add_city_modules(self, model: nn.Module, adapter_name: str, config: STLoraConfig) -> None:
@@ -241,7 +94,7 @@ class STLoraModel(BaseTuner):
         if config.predictor is not None:
             attach_predictor(model).update_layer(adapter_name, config, like, table)
         for name in config.node_bound or []:
-            module = _named(model, name)
+            module = find_module(model, name)
             if not isinstance(module, NodeBoundLayer):
                 parent, _, child = name.rpartition(".")
                 wrapper = NodeBoundLayer(module, name)
@@ -261,13 +114,13 @@ class STLoraModel(BaseTuner):
     ) -> None:
         config = cast(STLoraConfig, peft_config)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        _check_supported(base, current_key, parent)
+        check_supported(base, current_key, parent)
         alpha_key = get_pattern_key(list(config.alpha_pattern), current_key)
         layer = target if isinstance(target, STLoraLayer) else cast(Any, host_class(target))(target, current_key)
         layer.update_layer(
             adapter_name,
             config,
-            r=_rank(config, current_key),
+            r=layer_rank(config, current_key),
             lora_alpha=config.alpha_pattern.get(alpha_key, config.lora_alpha),
             layout=self._layout(config, current_key, layer),
         )
@@ -417,33 +270,6 @@ class STLoraModel(BaseTuner):
                 )
             )
         yield
-
-
-def _rank(config: STLoraConfig, key: str) -> int:
-    """Rank of the layer ``key``."""
-    return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
-
-
-def _check_supported(layer: nn.Module, key: str, parent: nn.Module) -> None:
-    """Raise unless ``layer`` can be adapted."""
-    host = host_class(layer)
-    reason = f"{type(layer).__module__}.{type(layer).__qualname__}"
-    if host is not None:
-        refusal = host.refusal(layer)
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            refusal = "nn.TransformerEncoderLayer reads its weights without calling it when it does not train"
-        if refusal is None:
-            return
-        reason = f"{reason}; {refusal}"
-    works = ", ".join(f"{cls.__module__.split('.')[0]}.nn.{cls.__name__}" for cls in host_layers())
-    raise ValueError(
-        message(
-            f"layer '{key}' cannot be adapted",
-            expected=f"one of {works}",
-            got=reason,
-            fix="leave it out of target_modules (or name it in exclude_modules), or train it with modules_to_save",
-        )
-    )
 
 
 def _adapter_parameters(module: nn.Module) -> Iterator[nn.Parameter]:

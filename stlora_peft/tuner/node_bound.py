@@ -208,10 +208,11 @@ def node_bound_modules(model: nn.Module, names: Iterable[str] | None = None) -> 
     if names is None:
         spec = spec_of(model)
         names = spec.node_bound if spec else ()
-    return {name: _named(model, name) for name in names}
+    return {name: find_module(model, name) for name in names}
 
 
-def _named(model: nn.Module, name: str) -> nn.Module:
+def find_module(model: nn.Module, name: str) -> nn.Module:
+    """Return the module of that name, or raise an error that says it is not there."""
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if name not in modules:
         raise ValueError(
