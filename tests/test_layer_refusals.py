@@ -87,3 +87,25 @@ def test_layout_that_the_layer_cannot_have_raises_with_layout_and_axes(host, lay
     assert lines["where"] == "stlora adapter 'default' on 'layer': the layout does not fit this layer"
     assert f"layout '{layout}'" in lines["got"]
     assert "node_layout" in lines["fix"]
+
+
+def test_convolution_that_cached_another_citys_graph_is_refused_before_anything_changes():
+    class Backbone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = gnn.GCNConv(3, 4, cached=True)
+
+        def forward(self, x, edge_index):
+            return self.conv(x, edge_index)
+
+    backbone = Backbone()
+    backbone(torch.rand(5, 3), torch.tensor([[0, 1], [1, 0]]))
+    with pytest.raises(ValueError, match="keeps the graph") as error:
+        get_peft_model(backbone, STLoraConfig(num_nodes=7, target_modules=["conv"], predictor=None))
+    assert str(error.value).split("\n") == [
+        "layer 'conv' keeps the graph of the city that it was last run in.",
+        "  expected: a graph convolution with cached=False, or one that has not been run",
+        "  got:      GCNConv(cached=True) with a cached graph",
+        "  to fix:   set cached=False on it and _cached_edge_index=None: with several cities a cache is stale",
+    ]
+    assert type(backbone.conv) is gnn.GCNConv

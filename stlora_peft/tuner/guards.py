@@ -79,3 +79,21 @@ def check_backbone_config(backbone: nn.Module) -> None:
                 fix="backbone.config = vars(backbone.config), or give the attribute another name",
             )
         )
+
+
+def check_cached_graphs(backbone: nn.Module) -> None:
+    """Raise if a graph convolution still holds the graph of the city that it was last run in.
+
+    Raises:
+        ValueError: If a convolution made with ``cached=True`` has been run: it would ignore the new city's edges.
+    """
+    for name, module in backbone.named_modules():
+        if getattr(module, "_cached_edge_index", None) is not None:
+            raise ValueError(
+                message(
+                    f"layer '{name}' keeps the graph of the city that it was last run in",
+                    expected="a graph convolution with cached=False, or one that has not been run",
+                    got=f"{type(module).__name__}(cached=True) with a cached graph",
+                    fix="set cached=False on it and _cached_edge_index=None: with several cities a cache is stale",
+                )
+            )

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from stlora_peft.errors import message
 from stlora_peft.tuner.config import STLoraConfig
-from stlora_peft.tuner.guards import check_backbone_config, check_names
+from stlora_peft.tuner.guards import check_backbone_config, check_cached_graphs, check_names
 from stlora_peft.tuner.host_layers import host_class
 from stlora_peft.tuner.known_layers import known_layout
 from stlora_peft.tuner.layers import STLoraLayer, check_mergeable
@@ -70,6 +70,7 @@ class STLoraModel(PreparingTuner):
             config = self.peft_config[adapter_name] = copy.deepcopy(config)
         check_names(config, adapter_name, list(self._module_names()))
         check_backbone_config(model)
+        check_cached_graphs(model)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             self._add_city_modules(model, adapter_name, config)
