@@ -18,7 +18,7 @@ from types import ModuleType
 from stlora_peft.errors import message
 
 _PACKAGE = "torch_geometric_temporal"
-_INSTALL = {
+INSTALL = {
     "torch_geometric": "pip install torch-geometric",
     _PACKAGE: "pip install --no-deps torch-geometric-temporal==0.56.2",
 }
@@ -76,8 +76,8 @@ def _import_error(error: Exception) -> ImportError:
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing is not None:
         root = missing.partition(".")[0]
-        fix, got = _INSTALL.get(root, f"pip install {root}"), f"no module named '{missing}'"
-        if root in _INSTALL:
+        fix, got = INSTALL.get(root, f"pip install {root}"), f"no module named '{missing}'"
+        if root in INSTALL:
             fix += " (the tuner itself works without it, on any backbone of your own)"
     else:
         fix = "install releases of torch, torch-geometric and torch-sparse that fit together"
