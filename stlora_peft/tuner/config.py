@@ -28,7 +28,7 @@ class PredictorConfig:
         width: Hidden width :math:`d`.
         num_layers: Number of node-adaptive layers :math:`L`.
         r: Rank of the node-adaptive layers; None takes the adapter's.
-        dropout: Dropout probability between layers.
+        dropout: Dropout probability between layers; None takes the adapter's ``lora_dropout``.
         input_layout: Axis pattern of the backbone's first argument, some order of ``b t n c``.
         output_layout: Axis pattern of the forecast, some order of ``b t n c``.
         window: Input steps :math:`T`.
@@ -43,7 +43,7 @@ class PredictorConfig:
     width: int = 64
     num_layers: int = 2
     r: int | None = None
-    dropout: float = 0.1
+    dropout: float | None = None
     input_layout: str = "b t n c"
     output_layout: str = "b t n c"
     window: int | None = None
@@ -57,7 +57,8 @@ class PredictorConfig:
             _check_at_least_one(f"PredictorConfig.{name}", getattr(self, name))
         for name in ("r", "window", "horizon", "in_channels", "out_channels"):
             _check_at_least_one(f"PredictorConfig.{name}", getattr(self, name), optional=True)
-        _check_probability("PredictorConfig.dropout", self.dropout)
+        if self.dropout is not None:
+            _check_probability("PredictorConfig.dropout", self.dropout)
         for name in ("input_layout", "output_layout"):
             if sorted(getattr(self, name).split()) != ["b", "c", "n", "t"]:
                 raise ValueError(
@@ -80,7 +81,7 @@ class STLoraConfig(PeftConfig):
         num_nodes: Number of nodes :math:`N` of the city. Needed by every conditioning but ``"shared"``.
         r: Rank :math:`r` of the update.
         lora_alpha: Numerator :math:`\alpha` of the scale.
-        lora_dropout: Dropout probability on the update's input.
+        lora_dropout: Dropout probability on the update's input, and in the predictor.
         use_rslora: Scale by :math:`\alpha / \sqrt{r}` instead of :math:`\alpha / r`.
         target_modules: Names (or a regular expression) of the layers to adapt, or ``"all-linear"``. None takes
             the backbone's own default where it has one.

@@ -12,22 +12,27 @@ from stlora_peft.tuner.config import STLoraConfig
 from stlora_peft.tuner.registration import PREFIX
 
 
-def check_names(config: STLoraConfig, adapter_name: str, modules: Collection[str]) -> None:
+def check_names(
+    config: STLoraConfig, adapter_name: str, other_adapters: Collection[str], modules: Collection[str]
+) -> None:
     """Raise if the adapter's name, or a module named in its configuration, would be lost silently.
 
     Args:
         config: The adapter's configuration.
         adapter_name: Its name.
+        other_adapters: Names of the adapters that the backbone has already.
         modules: Full names of the backbone's modules, without those of adapters.
 
     Raises:
-        ValueError: If the adapter is named like a module or has a dot in its name, if ``modules_to_save`` or
-            ``node_layout`` names nothing, or if a module's name contains the prefix of adapter parameters.
+        ValueError: If the adapter's name has a dot, or one of several adapters is named like a module; if
+            ``modules_to_save`` or ``node_layout`` names nothing, or if a module's name contains the prefix of
+            adapter parameters.
     """
-    _check_adapter_name(adapter_name, modules)
+    _check_adapter_names(adapter_name, other_adapters, modules)
     for option, names in (("modules_to_save", config.modules_to_save or []), ("node_layout", config.node_layout)):
         for name in names:
-            if not any(module == name or module.endswith(f".{name}") for module in modules):
+            ending = name if option == "modules_to_save" else f".{name}"  # as PEFT and as layouts are looked up
+            if not any(module == name or module.endswith(ending) for module in modules):
                 raise ValueError(
                     message(
                         f"STLoraConfig.{option}: no module is called '{name}'",
@@ -48,16 +53,23 @@ def check_names(config: STLoraConfig, adapter_name: str, modules: Collection[str
             )
 
 
-def _check_adapter_name(adapter_name: str, modules: Collection[str]) -> None:
+def _check_adapter_names(adapter_name: str, others: Collection[str], modules: Collection[str]) -> None:
     """PEFT leaves out of a saved adapter what lies under a module named like another adapter."""
-    clash = next((module for module in modules if adapter_name in module.split(".")), None)
-    if clash is None and "." not in adapter_name:
-        return
+    if "." in adapter_name:
+        _refuse_name(f"'{adapter_name}' cannot have this name", "a name without dots", f"'{adapter_name}'")
+    for name in (adapter_name, *others) if others else ():
+        clash = next((module for module in modules if name in module.split(".")), None)
+        if clash is not None:
+            where = f"'{name}' cannot have this name beside other adapters"
+            _refuse_name(where, "a name that no part of the backbone has", f"the name of module '{clash}'")
+
+
+def _refuse_name(where: str, expected: str, got: str) -> None:
     raise ValueError(
         message(
-            f"stlora adapter '{adapter_name}' cannot have this name",
-            expected="a name without dots that no part of the backbone has",
-            got=f"the name of module '{clash}'" if clash else f"'{adapter_name}'",
+            f"stlora adapter {where}",
+            expected=expected,
+            got=got,
             fix="name the adapter after its city, e.g. 'shenzhen'",
         )
     )

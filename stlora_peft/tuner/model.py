@@ -68,7 +68,8 @@ class STLoraModel(PreparingTuner):
         if not config.inference_mode:  # PEFT promises that a loaded adapter keeps the config object that was passed
             # What is filled in here belongs to this backbone, and the caller may use the config for another.
             config = self.peft_config[adapter_name] = copy.deepcopy(config)
-        check_names(config, adapter_name, list(self._module_names()))
+        others = [name for name in self.peft_config if name != adapter_name]
+        check_names(config, adapter_name, others, list(self._module_names()))
         check_backbone_config(model)
         check_cached_graphs(model)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)

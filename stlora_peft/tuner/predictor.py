@@ -51,6 +51,7 @@ class NodePredictor(nn.Module):
         self.predictor = predictor
         self.config = config
         self.r = predictor.r or config.r
+        self.dropout = config.lora_dropout if predictor.dropout is None else predictor.dropout
         self.scaling = config.lora_alpha / (self.r**0.5 if config.use_rslora else self.r)
         outputs = required_size(predictor, "horizon") * required_size(predictor, "out_channels")
         inputs = required_size(predictor, "window") * required_size(predictor, "in_channels") + outputs
@@ -97,7 +98,7 @@ class NodePredictor(nn.Module):
     def _nall(self, h: Tensor, name: str, embedding: Callable[[], Tensor] | None) -> Tensor:
         """Node-adaptive low-rank layer on rows ``[b n d]``."""
         h = F.rms_norm(h, h.shape[-1:], self._tensor(f"norm_{name}").to(h.dtype))
-        h = F.dropout(F.leaky_relu(h, 0.1), self.predictor.dropout, self.training)
+        h = F.dropout(F.leaky_relu(h, 0.1), self.dropout, self.training)
         factors = {key: self._tensor(f"{key}_{name}") for key in self.factor_names}
         if self.config.conditioning == "full":
             u = full_update(h, factors["A"], 1, 2)
