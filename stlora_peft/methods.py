@@ -19,7 +19,6 @@ from stlora_peft.tuner.node_bound import rebuild
 from stlora_peft.tuner.reestimation import reestimate
 from stlora_peft.tuner.spec import BackboneSpec
 
-
 DROPOUT = 0.1
 """Dropout of every low-rank method, chosen on validation data (docs/results.md)."""
 

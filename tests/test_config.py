@@ -40,7 +40,7 @@ def test_rank_of_a_pattern_out_of_range_names_the_layer():
     assert (lines["expected"], lines["got"]) == (WHOLE, "0")
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, float("nan"), None, "0.1"])
+@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, float("nan"), "0.1"])
 @pytest.mark.parametrize(
     ("make", "where"),
     [
@@ -53,6 +53,11 @@ def test_dropout_out_of_range_raises(make, where, value):
     lines = raised(lambda: make(value))
     assert lines["where"] == f"{where} is out of range"
     assert (lines["expected"], lines["got"]) == ("a probability in [0, 1)", repr(value))
+
+
+def test_dropout_of_none_is_refused_for_the_adapter_and_means_the_adapters_for_the_predictor():
+    assert raised(lambda: STLoraConfig(lora_dropout=None))["got"] == "None"
+    assert PredictorConfig().dropout is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "16"])

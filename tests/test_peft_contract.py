@@ -385,24 +385,37 @@ def test_status_of_a_city_is_of_one_mind() -> None:
     assert model.get_model_status().enabled is False
 
 
-@pytest.mark.parametrize("adapter_name", ["enc", "city.one"])
-def test_adapter_name_that_would_lose_weights_is_refused_before_anything_changes(adapter_name: str) -> None:
+def test_adapter_name_with_a_dot_is_refused_before_anything_changes() -> None:
     model = toy("linear")
     before = snapshot(model)
-    lines = raised(lambda: get_peft_model(model, config("linear"), adapter_name=adapter_name))
-    assert lines["where"] == f"stlora adapter '{adapter_name}' cannot have this name"
-    assert lines["expected"] == "a name without dots that no part of the backbone has"
-    assert lines["got"] == ("the name of module 'enc'" if adapter_name == "enc" else "'city.one'")
+    assert raised(lambda: get_peft_model(model, config("linear"), adapter_name="city.one")) == {
+        "where": "stlora adapter 'city.one' cannot have this name",
+        "expected": "a name without dots",
+        "got": "'city.one'",
+        "fix": "name the adapter after its city, e.g. 'shenzhen'",
+    }
     assert_unchanged(model, before)
 
 
-def test_refused_second_adapter_leaves_the_first_working() -> None:
-    model = adapted("linear")
-    first = forecast(model)
-    with pytest.raises(ValueError, match="cannot have this name"):
-        model.add_adapter("enc", config("linear"))
-    assert list(model.peft_config) == ["default"]
-    assert torch.equal(forecast(model), first)
+def test_only_adapter_may_be_named_like_a_module(tmp_path: Path) -> None:
+    model = get_peft_model(toy("linear"), config("linear"), adapter_name="enc").eval()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(toy("linear"), tmp_path / "enc", adapter_name="head")
+    assert torch.equal(forecast(loaded), forecast(model))
+
+
+@pytest.mark.parametrize(("first", "second"), [("default", "enc"), ("enc", "oslo")])
+def test_one_of_several_adapters_named_like_a_module_is_refused(first: str, second: str) -> None:
+    model = get_peft_model(toy("linear"), config("linear"), adapter_name=first).eval()
+    expected = forecast(model)
+    assert raised(lambda: model.add_adapter(second, config("linear"))) == {
+        "where": "stlora adapter 'enc' cannot have this name beside other adapters",
+        "expected": "a name that no part of the backbone has",
+        "got": "the name of module 'enc'",
+        "fix": "name the adapter after its city, e.g. 'shenzhen'",
+    }
+    assert list(model.peft_config) == [first]
+    assert torch.equal(forecast(model), expected)
 
 
 # -- without a PeftModel ----------------------------------------------------------------------------------------------

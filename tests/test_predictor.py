@@ -144,8 +144,9 @@ def test_parameter_count_equals_the_formula():
     assert count == inputs * WIDTH + WIDTH + 2 * layer(WIDTH) + layer(outputs)
 
 
-def test_dropout_acts_in_training_only():
-    model = randomised(get_peft_model(Line(), config(predictor={"dropout": 0.5})))
+@pytest.mark.parametrize("dropout", [{"predictor": {"dropout": 0.5}}, {"predictor": {}, "lora_dropout": 0.5}])
+def test_dropout_acts_in_training_only(dropout):
+    model = randomised(get_peft_model(Line(), config(**dropout)))
     x = window()
     assert not torch.equal(model.train()(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
