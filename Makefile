@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FLOOR := $(shell sed -n 's/^requires-python = ">=\([0-9.]*\)"$$/\1/p' pyproject.toml)
+PEFT_VERSIONS := 0.18.1 0.19.1 0.20.0 0.21.2
 PEFT_OLDEST := $(shell sed -n 's/^ *"peft>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 PEFT_FOLDER := $(VENV)/peft-$(PEFT_OLDEST)
 
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest lint format benchmark clean distclean
+.PHONY: help install demo test test-oldest test-peft lint format benchmark clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -29,6 +30,13 @@ test: $(STAMP) ## Run the tests (some of them: make test ARGS="-k layout")
 
 test-oldest: $(PEFT_FOLDER)/peft ## Run the tests on the oldest supported peft
 	PYTHONPATH=$(PEFT_FOLDER) $(PYTEST) $(ARGS)
+
+test-peft: $(STAMP) ## Run the contract tests on every supported peft
+	set -e; for v in $(PEFT_VERSIONS); do \
+	  test -d $(VENV)/peft-$$v/peft || $(BIN)/python -m pip install --disable-pip-version-check --no-deps \
+	    --target $(VENV)/peft-$$v peft==$$v; \
+	  PYTHONPATH=$(VENV)/peft-$$v $(PYTEST) tests/test_peft_*.py $(ARGS); \
+	done
 
 lint: $(STAMP) ## Check style, docstrings, spelling and types
 	$(BIN)/ruff check .
