@@ -106,6 +106,18 @@ def layer_grid() -> str:
     return table(["layer", "node-conditioned", "merge (shared)"], rows)
 
 
+def results() -> str:
+    """The table of the comparison and its settings, without the page's title and picture."""
+    text = RESULTS.read_text()
+    rows = [line for line in text.split("## Methods")[0].splitlines() if line.startswith("|")]
+    methods = text.split("## Methods")[1].split("## Settings")[0].strip()
+    commit = re.search(r"\| commit \| (\w{8})", text)
+    where = f"commit {commit[1]}, " if commit else ""
+    return "\n".join(
+        [*rows, "", methods, "", f"MAE and RMSE in vehicles per step; {where}[settings](docs/results.md)."]
+    )
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Lay out a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
@@ -125,7 +137,7 @@ def fill(text: str, parts: dict[str, str]) -> str:
 def main() -> int:
     """Write or check the README."""
     torch.manual_seed(0)
-    parts = {"backbones": backbone_grid(), "layers": layer_grid(), "results": RESULTS.read_text().strip()}
+    parts = {"backbones": backbone_grid(), "layers": layer_grid(), "results": results()}
     current = README.read_text()
     wanted = fill(current, parts)
     if "--check" in sys.argv:
