@@ -53,7 +53,8 @@ class NodeLoop(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Update node after node."""
-        updates = [x[:, :, node] @ down.mT @ self.up.mT for node, down in enumerate(self.down)]
+        parts = zip(x.unbind(dim=2), self.down, strict=True)
+        updates = [part @ down.mT @ self.up.mT for part, down in parts]
         return self.linear(x) + torch.stack(updates, dim=2)
 
 
