@@ -8,7 +8,6 @@ STAMP := $(VENV)/.installed
 FLOOR := $(shell sed -n 's/^requires-python = ">=\([0-9.]*\)"$$/\1/p' pyproject.toml)
 PEFT_VERSIONS := 0.18.1 0.19.1 0.20.0 0.21.2
 PEFT_OLDEST := $(shell sed -n 's/^ *"peft>=\([0-9.]*\),.*/\1/p' pyproject.toml)
-PEFT_FOLDER := $(VENV)/peft-$(PEFT_OLDEST)
 
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 # One thread in each worker: the tests are many small operations, and threads of several workers would only wait.
@@ -28,13 +27,11 @@ demo: $(STAMP) ## Run the main job on two simulated cities; results in demo/
 test: $(STAMP) ## Run the tests (some of them: make test ARGS="-k layout")
 	$(PYTEST) $(ARGS)
 
-test-oldest: $(PEFT_FOLDER)/peft ## Run the tests on the oldest supported peft
-	PYTHONPATH=$(PEFT_FOLDER) $(PYTEST) $(ARGS)
+test-oldest: $(VENV)/peft-$(PEFT_OLDEST)/peft ## Run the tests on the oldest supported peft
+	PYTHONPATH=$(VENV)/peft-$(PEFT_OLDEST) $(PYTEST) $(ARGS)
 
-test-peft: $(STAMP) ## Run the contract tests on every supported peft
+test-peft: $(PEFT_VERSIONS:%=$(VENV)/peft-%/peft) ## Run the contract tests on every supported peft
 	set -e; for v in $(PEFT_VERSIONS); do \
-	  test -d $(VENV)/peft-$$v/peft || $(BIN)/python -m pip install --disable-pip-version-check --no-deps \
-	    --target $(VENV)/peft-$$v peft==$$v; \
 	  PYTHONPATH=$(VENV)/peft-$$v $(PYTEST) tests/test_peft_*.py $(ARGS); \
 	done
 
@@ -71,7 +68,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # Laid over the newest one instead of a second .venv: peft is one pure package, torch is not.
-$(PEFT_FOLDER)/peft: $(STAMP)
-	rm -rf $(PEFT_FOLDER)
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(PEFT_FOLDER) peft==$(PEFT_OLDEST)
+$(VENV)/peft-%/peft: $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(@D) peft==$*
 	@touch $@

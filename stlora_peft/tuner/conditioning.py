@@ -59,6 +59,11 @@ def factor_shapes(
     return shapes
 
 
+def factor_dtype(like: Tensor) -> torch.dtype:
+    """Type of adapter tensors beside ``like``: its own, or float32 where it holds integers (a quantised layer)."""
+    return like.dtype if like.dtype.is_floating_point else torch.float32
+
+
 def new_factor(
     name: str, shape: tuple[int, ...], in_shape: tuple[int, ...], *, identity: bool, like: Tensor
 ) -> nn.Parameter:
@@ -74,7 +79,7 @@ def new_factor(
     Returns:
         The parameter.
     """
-    dtype = like.dtype if like.dtype.is_floating_point else torch.float32
+    dtype = factor_dtype(like)
     value = torch.empty(shape, dtype=dtype, device=like.device)
     noise = torch.randn_like if not identity else torch.zeros_like
     if name in ("A", "B") and not (identity and name == "B"):

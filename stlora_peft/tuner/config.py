@@ -229,6 +229,10 @@ class STLoraConfig(PeftConfig):
                 )
             )
 
+    def scaling(self, r: int, lora_alpha: float) -> float:
+        r"""Scale of an update of rank ``r``: :math:`\alpha / r`, or :math:`\alpha / \sqrt r` if rank-stabilised."""
+        return lora_alpha / (math.sqrt(r) if self.use_rslora else r)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write ``adapter_config.json`` with the shapes of the tensors that PEFT saved beside it."""
         drop_other_adapters(Path(save_directory))

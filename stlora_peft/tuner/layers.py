@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any, cast
 
@@ -115,7 +114,7 @@ class STLoraLayer(AdapterModule):
         """
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.scaling[adapter_name] = config.scaling(r, lora_alpha)
         self.conditioning[adapter_name] = config.conditioning
         for replaced in (self.num_nodes, self.layout, *(getattr(self, name) for name in self.adapter_layer_names)):
             if adapter_name in replaced:

@@ -6,6 +6,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from stlora_peft.tuner.conditioning import factor_dtype
+
 TABLE_ATTRIBUTE = "stlora_nodes"
 
 
@@ -77,8 +79,8 @@ class NodeTable(CityModule):
 
     def update_layer(self, adapter_name: str, num_nodes: int, emb_size: int, like: Tensor) -> None:
         """Add the vectors of an adapter."""
-        dtype = like.dtype if like.dtype.is_floating_point else torch.float32
-        self.nall_emb[adapter_name] = nn.Parameter(torch.randn(num_nodes, emb_size, dtype=dtype, device=like.device))
+        vectors = torch.randn(num_nodes, emb_size, dtype=factor_dtype(like), device=like.device)
+        self.nall_emb[adapter_name] = nn.Parameter(vectors)
 
     def vectors(self, adapter_name: str) -> Tensor:
         """Vectors of an adapter, shape (N, emb_size)."""

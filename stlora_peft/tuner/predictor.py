@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stlora_peft.errors import message
-from stlora_peft.tuner.conditioning import condition, factor_shapes, new_factor
+from stlora_peft.tuner.conditioning import condition, factor_dtype, factor_shapes, new_factor
 from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
 from stlora_peft.tuner.functional import full_update, project
 from stlora_peft.tuner.nodes import CityModule, NodeTable
@@ -52,7 +52,7 @@ class NodePredictor(nn.Module):
         self.config = config
         self.r = predictor.r or config.r
         self.dropout = config.lora_dropout if predictor.dropout is None else predictor.dropout
-        self.scaling = config.lora_alpha / (self.r**0.5 if config.use_rslora else self.r)
+        self.scaling = config.scaling(self.r, config.lora_alpha)
         outputs = required_size(predictor, "horizon") * required_size(predictor, "out_channels")
         inputs = required_size(predictor, "window") * required_size(predictor, "in_channels") + outputs
         self._linear("in", inputs, predictor.width, like)
@@ -66,7 +66,7 @@ class NodePredictor(nn.Module):
 
     def _linear(self, name: str, in_features: int, out_features: int, like: Tensor) -> None:
         """Register a weight and a bias with the starting values of ``nn.Linear``."""
-        linear = nn.Linear(in_features, out_features, device=like.device, dtype=_float_type(like))
+        linear = nn.Linear(in_features, out_features, device=like.device, dtype=factor_dtype(like))
         # PEFT inserts the adapter's name one level above a tensor, so this module has no sub-modules.
         self.register_parameter(f"weight_{name}", cast(nn.Parameter, linear.weight))
         self.register_parameter(f"bias_{name}", linear.bias)
@@ -75,7 +75,7 @@ class NodePredictor(nn.Module):
         """Register the parameters of one node-adaptive layer."""
         in_shape = (self.predictor.width,)
         self._linear(name, self.predictor.width, out_features, like)
-        norm = torch.ones(in_shape, device=like.device, dtype=_float_type(like))
+        norm = torch.ones(in_shape, device=like.device, dtype=factor_dtype(like))
         self.register_parameter(f"norm_{name}", nn.Parameter(norm))
         shapes = factor_shapes(
             self.config.conditioning,
@@ -241,7 +241,3 @@ def required_size(predictor: PredictorConfig, name: str) -> int:
             )
         )
     return size
-
-
-def _float_type(like: Tensor) -> torch.dtype:
-    return like.dtype if like.dtype.is_floating_point else torch.float32

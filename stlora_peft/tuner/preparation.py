@@ -117,8 +117,12 @@ class PreparingTuner(BaseTuner):
             spec = spec_of(self.model)
             config.node_bound = list(spec.node_bound) if spec and config.num_nodes is not None else []
         for name in config.node_bound:
-            module = find_module(self.model, name)
-            bound_size(module.base_layer if isinstance(module, NodeBoundLayer) else module, name)
+            bound_size(self._node_bound(name), name)
+
+    def _node_bound(self, name: str) -> nn.Module:
+        """The backbone's own node-bound module, also where adapters have copies of it."""
+        module = find_module(self.model, name)
+        return module.base_layer if isinstance(module, NodeBoundLayer) else module
 
     def _targets(self, config: STLoraConfig) -> dict[str, nn.Module]:
         """Layers to adapt by name, without the adapters that they may have."""
@@ -156,8 +160,7 @@ class PreparingTuner(BaseTuner):
     def _check_saved_tensors(self, config: STLoraConfig, name: str) -> None:
         if config.tensors is not None:
             layers = {key: (base, layer_rank(config, key)) for key, base in self._targets(config).items()}
-            bound = {key: find_module(self.model, key) for key in config.node_bound or []}
-            bound = {key: m.base_layer if isinstance(m, NodeBoundLayer) else m for key, m in bound.items()}
+            bound = {key: self._node_bound(key) for key in config.node_bound or []}
             check_tensors(self.model, config.tensors, expected_tensors(config, layers, bound), name)
             config.tensors = None
 
