@@ -31,6 +31,7 @@ from stlora_peft.training import TrainingOptions, TrainingResult, train
 
 Row = dict[str, Any]
 RESULTS = "results.json"
+PERSISTENCE = "last reading"
 _NOT_SHARED = ("learning_rate", "seed", "progress", "eval_batch_size")  # options that rows of one table may differ in
 
 
@@ -68,11 +69,12 @@ def compare(
         ``rmse``, ``mape`` (the averages), ``horizons`` (the same at steps 3, 6, 12 and ``average``),
         ``learning_rate``, ``best_val_mae``, ``best_epoch``, ``trainable_parameters``, ``total_parameters``,
         ``seconds`` (the training that counts), ``search_seconds`` (the whole grid), ``adapter_bytes`` (what the city
-        needs on disk beside the backbone) and ``settings`` (a hash of everything that the rows of one table share).
+        needs on disk beside the backbone), ``settings`` (a hash of everything that the rows of one table share) and
+        ``recipe`` (a hash of what the rows of one method share: what is trained, the adapter's configuration).
 
     Raises:
         ValueError: If a method is unknown, a list is empty, the backbone does not fit the city, or ``output_dir``
-            holds rows that were measured under other settings.
+            holds rows that were measured under other settings or by another recipe of the method.
     """
     options = options or TrainingOptions()
     chosen = find_methods(methods)
@@ -80,8 +82,9 @@ def compare(
     data = adaptation_data(saved, city, days)
     check_fit(saved.backbone, data.train)
     settings = _settings(saved, city, options, learning_rates)
+    recipes = {name: _recipe(method, saved.backbone, data) for name, method in chosen.items()}
     file = None if output_dir is None else Path(output_dir) / RESULTS
-    rows = [] if file is None else _earlier_rows(file, settings)
+    rows = [] if file is None else _earlier_rows(file, settings, recipes)
     known = {(row["method"], row["days"], row["seed"]): row for row in rows}
     jobs = [(name, days, seed) for name in chosen for seed in seeds]
     with JobBars("compare", total=len(jobs), show=options.progress) as bars:
@@ -89,7 +92,8 @@ def compare(
             if (name, days, seed) not in known:
                 run = _Run(saved.backbone, data, replace(options, seed=seed), learning_rates, bars)
                 found = run.measure(chosen[name], f"{name}, seed {seed}")
-                known[name, days, seed] = {"method": name, "days": days, "seed": seed, **found, "settings": settings}
+                shared = {"settings": settings, "recipe": recipes[name][0]}
+                known[name, days, seed] = {"method": name, "days": days, "seed": seed, **found, **shared}
                 if file is not None:
                     write_json(file, list(known.values()))
             mae = known[name, days, seed]["mae"]
@@ -153,7 +157,7 @@ class _Run:
         """Build a method's model, train it with each learning rate, and measure the one that validates best."""
         if method.build is None:
             val, test = (evaluate_persistence(part, self.data) for part in (self.data.val, self.data.test))
-            return _row(test, val.mae, "last reading")
+            return _row(test, val.mae, PERSISTENCE)
         if not method.trained:
             candidate = method.build(self.backbone, self.data)
             val, test = (self.errors(candidate.model, part) for part in (self.data.val, self.data.test))
@@ -221,17 +225,30 @@ def _settings(saved: SavedBackbone, city: City, options: TrainingOptions, learni
     return content.hexdigest()[:16]
 
 
-def _earlier_rows(file: Path, settings: str) -> list[Row]:
-    """Read the rows of an earlier run, which must be one of the same settings."""
+def _recipe(method: Method, backbone: nn.Module, data: CityData) -> tuple[str, str]:
+    """Hash how a method is realised on this backbone, and say it in words."""
+    if method.build is None:
+        return PERSISTENCE, PERSISTENCE
+    candidate = method.build(backbone, data)
+    return candidate.recipe, candidate.implementation
+
+
+def _earlier_rows(file: Path, settings: str, recipes: dict[str, tuple[str, str]]) -> list[Row]:
+    """Read the rows of an earlier run, which must be one of the same settings and the same recipes."""
     if not file.exists():
         return []
     rows = read_json(file)
-    keys = {"method", "days", "seed", "settings"}
+    keys = {"method", "days", "seed", "settings", "recipe", "implementation"}
     if not isinstance(rows, list) or not all(isinstance(row, dict) and keys <= row.keys() for row in rows):
         _refuse(file, "a list of rows with the keys " + ", ".join(sorted(keys)), "something else")
     others = sorted({row["settings"] for row in rows} - {settings})
     if others:
         _refuse(file, f"rows of the settings {settings} (backbone, city, options)", f"rows of {', '.join(others)}")
+    for row in rows:
+        recipe, implementation = recipes.get(row["method"], (row["recipe"], ""))
+        if row["recipe"] != recipe:
+            expected = f"rows of '{row['method']}' by the recipe {recipe} ({implementation})"
+            _refuse(file, expected, f"rows by {row['recipe']} ({row['implementation']})")
     return list(rows)
 
 

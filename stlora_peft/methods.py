@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +36,17 @@ class Candidate:
 
     model: nn.Module
     implementation: str
+
+    @property
+    def recipe(self) -> str:
+        """Hash of what the method trains and of its adapter's configuration: rows of one method must share it."""
+        trained = {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
+        adapters = getattr(self.model, "peft_config", {})
+        content = [self.implementation, trained, {name: config.to_dict() for name, config in adapters.items()}]
+        text = json.dumps(
+            content, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
+        )
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 Build = Callable[[nn.Module, CityData], Candidate]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_city import small_city
 
-from stlora_peft import comparison
+from stlora_peft import comparison, methods
 from stlora_peft.backbones import build_backbone
 from stlora_peft.comparison import Row, adaptation_data, adapter_bytes, compare
 from stlora_peft.data import Scaler
@@ -151,9 +151,37 @@ def test_compare_into_results_of_other_settings_raises(saved: SavedBackbone, tmp
     assert lines[3] == "  to fix:   give another output folder, or delete the file to measure everything again"
 
 
+def test_compare_into_results_of_another_recipe_of_the_method_raises(
+    saved: SavedBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*names: str) -> list[Row]:
+        rates = [1e-3]
+        return compare(
+            saved, CITY, days=8, methods=names, seeds=[0], options=OPTIONS, learning_rates=rates, output_dir=tmp_path
+        )
+
+    rows = run("head", "lora")
+    before = (tmp_path / "results.json").read_bytes()
+    monkeypatch.setattr(methods, "DROPOUT", 0.25)
+    assert run("head") == rows[:1]  # what changed does not concern it
+    with pytest.raises(ValueError, match="cannot be continued") as error:
+        run("head", "lora")
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"results '{tmp_path / 'results.json'}' cannot be continued."
+    expected = "  expected: rows of 'lora' by the recipe "
+    assert lines[1].startswith(expected)
+    now = lines[1].removeprefix(expected).split(" ")[0]
+    assert lines[1] == f'{expected}{now} (STLoraConfig(conditioning="shared", predictor=None, lora_dropout=0.25))'
+    then = rows[1]["recipe"]
+    assert now != then
+    assert lines[2] == f"  got:      rows by {then} ({rows[1]['implementation']})"
+    assert lines[3] == "  to fix:   give another output folder, or delete the file to measure everything again"
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
 def test_compare_into_a_file_of_another_kind_raises(saved: SavedBackbone, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('[{"mae": 1.0}]')
-    with pytest.raises(ValueError, match="a list of rows with the keys days, method, seed, settings"):
+    with pytest.raises(ValueError, match="a list of rows with the keys days, implementation, method, recipe, seed, settings"):
         compare(saved, CITY, days=8, methods=["zero-shot"], seeds=[0], options=OPTIONS, output_dir=tmp_path)
     assert (tmp_path / "results.json").read_text() == '[{"mae": 1.0}]'
 
