@@ -25,6 +25,65 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from stlora_peft.checkpoints import copy_state, newest_checkpoint, trainable_state
 
 
+class MovingAverage(TrainerCallback):
+    r"""Averages what is trained over the steps, the later ones weighing more.
+
+    .. math::
+        \bar\theta_t = d_t \bar\theta_{t-1} + (1 - d_t)\theta_t, \qquad
+        d_t = \min(d, \tfrac{1 + t}{10 + t}), \qquad \bar\theta_0 = \theta_0
+
+    The steps of a small noisy data set scatter around what they are heading for; their average does not. Training
+    itself goes on from the last step.
+
+    Args:
+        decay: :math:`d`, at least 0 and below 1; 0 is the last step itself.
+
+    Attributes:
+        tensors: The average of every tensor that training changes, floats in at least float32, others as they are.
+
+    References:
+        Averaging of iterates: Polyak and Juditsky, SIAM J. Control Optim. 30(4), 1992.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin with the state that training begins with, unless a checkpoint has brought an average."""
+        if not self.tensors:
+            live = trainable_state(kwargs["model"])
+            self.tensors = {name: _wide(tensor.detach()).clone() for name, tensor in live.items()}
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take in the state after a step."""
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        for name, tensor in trainable_state(kwargs["model"]).items():
+            if tensor.is_floating_point():
+                self.tensors[name].lerp_(_wide(tensor.detach()), 1 - decay)
+            else:
+                self.tensors[name].copy_(tensor)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Put the average in the place of the model's own tensors for a while."""
+        live = {name: tensor.detach().clone() for name, tensor in trainable_state(model).items()}
+        copy_state(self.tensors, model)
+        try:
+            yield
+        finally:
+            copy_state(live, model)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Widen low precision, in which small steps would be lost."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
 class KeepBest(TrainerCallback):
     """Keeps a copy of the best state by validation error and stops when it has not improved for a while.
 

@@ -17,10 +17,10 @@ from stlora_peft.files import read_json, write_json
 from stlora_peft.tensorfiles import load_tensors, save_tensors
 
 if TYPE_CHECKING:
-    from stlora_peft.callbacks import KeepBest
+    from stlora_peft.callbacks import KeepBest, MovingAverage
     from stlora_peft.training import TrainingOptions
 
-STATE, BEST, PROGRESS = "state.safetensors", "best.safetensors", "progress.json"
+STATE, AVERAGE, BEST, PROGRESS = "state.safetensors", "average.safetensors", "best.safetensors", "progress.json"
 TRAINER_STATE = "trainer_state.json"  # the Trainer writes it last: a folder without it is half-written
 _MAY_CHANGE = ("max_epochs", "patience", "eval_batch_size", "progress")
 
@@ -90,31 +90,42 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def save_checkpoint(
-    folder: str | os.PathLike[str], model: nn.Module, best: KeepBest, described: dict[str, Any]
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    average: MovingAverage,
+    best: KeepBest,
+    described: dict[str, Any],
 ) -> None:
-    """Write the state that training changes, the best one so far, and how far it has come.
+    """Write the state that training changes, its moving average, the best one so far, and how far it has come.
 
     Args:
         folder: Folder of this checkpoint.
         model: The model in training.
+        average: The moving average of its states.
         best: The best state so far.
         described: The training's :func:`signature`.
     """
     folder = Path(folder)
     save_tensors(folder / STATE, trainable_state(model))
+    save_tensors(folder / AVERAGE, average.tensors)
     save_tensors(folder / BEST, best.tensors)
     progress = {"best_mae": best.best_mae, "best_epoch": best.best_epoch, "waited": best.waited}
     write_json(folder / PROGRESS, {**progress, "training": described})
 
 
 def load_checkpoint(
-    folder: str | os.PathLike[str], model: nn.Module, best: KeepBest, described: dict[str, Any]
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    average: MovingAverage,
+    best: KeepBest,
+    described: dict[str, Any],
 ) -> None:
-    """Load what :func:`save_checkpoint` wrote, into the model and into ``best``.
+    """Load what :func:`save_checkpoint` wrote, into the model, ``average`` and ``best``.
 
     Args:
         folder: Folder of the checkpoint.
         model: The model to go on with.
+        average: Receives the moving average.
         best: Receives the best state.
         described: The :func:`signature` of the training that is to go on.
 
@@ -126,7 +137,8 @@ def load_checkpoint(
     _check_same(folder, progress.get("training", {}), described)
     device = next(model.parameters()).device
     copy_state(load_tensors(folder / STATE), model)
-    best.tensors = {name: tensor.to(device) for name, tensor in load_tensors(folder / BEST).items()}
+    for holder, file in ((average, AVERAGE), (best, BEST)):
+        holder.tensors = {name: tensor.to(device) for name, tensor in load_tensors(folder / file).items()}
     best.best_mae, best.best_epoch, best.waited = (progress[key] for key in ("best_mae", "best_epoch", "waited"))
 
 

@@ -296,5 +296,5 @@ def describe_settings(settings: DemoSettings) -> dict[str, str]:
     how = settings.adaptation
     return {
         "learning rate": f"{how.learning_rate:g}",
-        "budget": f"{how.max_epochs} epochs, patience {how.patience}, batches of {how.batch_size} windows",
+        "budget": how.budget,
     }

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
-from stlora_peft.callbacks import KeepBest, KeepNewest
+from stlora_peft.callbacks import KeepBest, KeepNewest, MovingAverage
 from stlora_peft.checkpoints import TRAINER_STATE, load_checkpoint, newest_checkpoint, save_checkpoint, signature
 from stlora_peft.data import CityData
 from stlora_peft.evaluation import evaluate
@@ -51,8 +51,9 @@ class CityTrainer(Trainer):
         options: How to train.
         folder: Folder for checkpoints.
         keep: Write checkpoints, and go on from those that are there.
+        average: Callback that holds the moving average, which is what is validated.
         best: Callback that holds the best state.
-        watchers: Every callback, ``best`` among them.
+        watchers: Every callback, ``average`` and ``best`` among them.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class CityTrainer(Trainer):
         folder: Path,
         *,
         keep: bool,
+        average: MovingAverage,
         best: KeepBest,
         watchers: list[TrainerCallback],
     ) -> None:
@@ -81,6 +83,7 @@ class CityTrainer(Trainer):
         self._folder = folder
         self._data = data
         self._options = options
+        self._average = average
         self._best = best
         self._edges = (data.edge_index.to(self.args.device), data.edge_weight.to(self.args.device))
         self._frozen_norms = _frozen_norms(model)
@@ -92,7 +95,7 @@ class CityTrainer(Trainer):
         if newest is None:
             self._guarded_train(None)
         else:
-            load_checkpoint(newest, self._forecaster, self._best, self._signature)
+            load_checkpoint(newest, self._forecaster, self._average, self._best, self._signature)
             self.state = TrainerState.load_from_json(str(newest / TRAINER_STATE))
             self.args.eval_on_start = False
             if not self._best.exhausted and (self.state.epoch or 0) < self._options.max_epochs:
@@ -133,16 +136,18 @@ class CityTrainer(Trainer):
     ) -> dict[str, float]:
         """Return the masked MAE over all windows; the Trainer's own loop would average over batches."""
         windows = eval_dataset or self._data.val
-        errors = evaluate(self._forecaster, windows, self._data, batch_size=self._options.eval_batch_size)
-        metrics = {f"{metric_key_prefix}_mae": errors.mae}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        with self._average.applied(self._forecaster):
+            errors = evaluate(self._forecaster, windows, self._data, batch_size=self._options.eval_batch_size)
+            metrics = {f"{metric_key_prefix}_mae": errors.mae}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what training changes, the best state and the progress, as safetensors and JSON."""
         if self.args.should_save:
-            save_checkpoint(output_dir or self._folder, self._forecaster, self._best, self._signature)
+            folder = output_dir or self._folder
+            save_checkpoint(folder, self._forecaster, self._average, self._best, self._signature)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Leave the model as it is: :meth:`run` has loaded what :meth:`save_model` wrote."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How a model is trained; the same for a backbone and for an adapter.
+    r"""How a model is trained; the same for a backbone and for an adapter.
 
     Args:
         learning_rate: Step size of AdamW, constant over the training.
@@ -34,6 +34,10 @@ class TrainingOptions:
         batch_size: Windows in one step.
         eval_batch_size: Windows in one forward pass of the validation.
         max_grad_norm: Longer gradients are shortened to this norm; 0 leaves them as they are.
+        ema_decay: Decay :math:`d` of the moving average over the steps,
+            :math:`\bar\theta_t = d_t \bar\theta_{t-1} + (1 - d_t)\theta_t` with
+            :math:`d_t = \min(d, \tfrac{1 + t}{10 + t})`, that is validated and kept in place of the last step; 0
+            switches it off.
         seed: Seed of the order of the windows and of dropout.
         mixed_precision: Number format of the forward pass: ``"no"`` (float32), ``"bf16"`` or ``"fp16"``.
         progress: Draw a progress bar on standard error.
@@ -53,9 +57,18 @@ class TrainingOptions:
     batch_size: int = 32
     eval_batch_size: int = 64
     max_grad_norm: float = 5.0
+    ema_decay: float = 0.98
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     progress: bool = True
+
+    @property
+    def budget(self) -> str:
+        """What the trainings of one table share, in words."""
+        return (
+            f"{self.max_epochs} epochs, patience {self.patience}, batches of {self.batch_size} windows, "
+            f"moving average with decay {self.ema_decay:g}"
+        )
 
     def __post_init__(self) -> None:
         """Check every range."""
@@ -63,6 +76,7 @@ class TrainingOptions:
             self._require(name, getattr(self, name) >= 1, f"{name} >= 1")
         for name in ("weight_decay", "max_grad_norm", "seed"):
             self._require(name, getattr(self, name) >= 0, f"{name} >= 0")
+        self._require("ema_decay", 0 <= self.ema_decay < 1, "0 <= ema_decay < 1")
         self._require("learning_rate", self.learning_rate > 0, "learning_rate > 0")
         self._require("mixed_precision", self.mixed_precision in ("no", "bf16", "fp16"), "'no', 'bf16' or 'fp16'")
 
@@ -112,10 +126,11 @@ def train(
 ) -> TrainingResult:
     """Train the parameters of a model that require gradients, in place.
 
-    The loss is the masked mean absolute error in the city's units. The model is validated before the first step and
-    after every pass over the data, and ends in its best state, which may be the one it came in. The same seed gives
-    the same numbers bit for bit on the same machine. Modules that are bound to the number of nodes must fit the city
-    already, see :func:`stlora_peft.tuner.rebuild` and :func:`stlora_peft.tuner.reestimate`.
+    The loss is the masked mean absolute error in the city's units. What is validated, before the first step and after
+    every pass over the data, is the moving average of the trained tensors over the steps; the model ends in its best
+    state, which may be the one it came in. The same seed gives the same numbers bit for bit on the same machine.
+    Modules that are bound to the number of nodes must fit the city already, see :func:`stlora_peft.tuner.rebuild` and
+    :func:`stlora_peft.tuner.reestimate`.
 
     Args:
         model: A backbone, or a :class:`peft.PeftModel` around one. ``accelerate`` chooses the device and leaves the
@@ -143,23 +158,29 @@ def train(
         >>> train(model, prepare(city, split, window=12, horizon=12), options).epochs
         1
     """
-    from stlora_peft.callbacks import KeepBest, ProgressBar  # these need the Trainer, which is slow to import
+    from stlora_peft.callbacks import (
+        KeepBest,
+        MovingAverage,
+        ProgressBar,
+    )  # these need the Trainer, which is slow to import
     from stlora_peft.trainer import CityTrainer
 
     options = options or TrainingOptions()
     _check_trainable(model, data)
-    best = KeepBest(options.patience)
+    best, average = KeepBest(options.patience), MovingAverage(options.ema_decay)
     began = time.perf_counter()
     with ExitStack() as stack:
         if output_dir is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
             folder = Path(output_dir)
-        watchers: list[TrainerCallback] = [best, *callbacks]
+        watchers: list[TrainerCallback] = [average, best, *callbacks]
         if options.progress:
             watchers.append(stack.enter_context(ProgressBar()))
         stack.enter_context(_deterministic())
-        trainer = CityTrainer(model, data, options, folder, keep=output_dir is not None, best=best, watchers=watchers)
+        trainer = CityTrainer(
+            model, data, options, folder, keep=output_dir is not None, average=average, best=best, watchers=watchers
+        )
         trainer.run()
     return TrainingResult(
         best_val_mae=best.best_mae,

@@ -30,7 +30,7 @@ def lora() -> nn.Module:
 def test_checkpoint_of_an_adapter_holds_the_adapter_only(data: CityData, tmp_path: Path) -> None:
     train(lora(), data, OPTIONS, output_dir=tmp_path)
     (folder,) = tmp_path.iterdir()
-    for name in ("state", "best"):
+    for name in ("state", "average", "best"):
         keys = set(load_file(folder / f"{name}.safetensors"))
         assert keys == {f"base_model.model.head.lora_{letter}.default.weight" for letter in "AB"}
     assert json.loads((folder / "progress.json").read_text())["best_epoch"] == 1

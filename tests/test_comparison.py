@@ -181,7 +181,9 @@ def test_compare_into_results_of_another_recipe_of_the_method_raises(
 
 def test_compare_into_a_file_of_another_kind_raises(saved: SavedBackbone, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('[{"mae": 1.0}]')
-    with pytest.raises(ValueError, match="a list of rows with the keys days, implementation, method, recipe, seed, settings"):
+    with pytest.raises(
+        ValueError, match="a list of rows with the keys days, implementation, method, recipe, seed, settings"
+    ):
         compare(saved, CITY, days=8, methods=["zero-shot"], seeds=[0], options=OPTIONS, output_dir=tmp_path)
     assert (tmp_path / "results.json").read_text() == '[{"mae": 1.0}]'
 

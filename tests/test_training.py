@@ -2,14 +2,17 @@ import copy
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_city import small_city, small_data
 from torch import nn
+from transformers import TrainerCallback
 
 from stlora_peft.backbones import build_backbone
+from stlora_peft.checkpoints import trainable_state
 from stlora_peft.data import CityData
 from stlora_peft.evaluation import evaluate
 from stlora_peft.metrics import masked_mae
@@ -30,6 +33,19 @@ def lstm(seed: int = 0) -> nn.Module:
 
 def lora(seed: int = 0) -> PeftModel:
     return get_peft_model(lstm(seed), LoraConfig(r=2, target_modules=["head"], lora_dropout=0.1))
+
+
+class Normed(nn.Module):
+    """A frozen norm, one that is trained, and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.free, self.layer = nn.BatchNorm2d(12), nn.BatchNorm2d(12), nn.Linear(3, 1)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, *edges: torch.Tensor) -> torch.Tensor:
+        forecast: torch.Tensor = self.layer(self.free(self.frozen(x)))
+        return forecast
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -58,14 +74,14 @@ def test_train_with_another_seed_differs(data: CityData) -> None:
 def test_train_first_step_is_adamw_on_the_masked_mae_in_city_units(data: CityData, max_grad_norm: float) -> None:
     model, reference = lstm(), lstm()
     batch = data.train.__getitems__(list(range(len(data.train))))
-    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=3e-3, weight_decay=0.0)
     scaled = reference(batch["x"], data.edge_index, data.edge_weight)
     loss = masked_mae(scaled * data.scaler.std[0] + data.scaler.mean[0], batch["y"])
     loss.backward()
     nn.utils.clip_grad_norm_(reference.parameters(), max_grad_norm)
     optimizer.step()
 
-    options = TrainingOptions(max_epochs=1, batch_size=len(data.train), progress=False, max_grad_norm=max_grad_norm)
+    options = replace(QUIET, max_epochs=1, batch_size=len(data.train), max_grad_norm=max_grad_norm, ema_decay=0.0)
     result = train(model, data, options)
     assert result.best_epoch == 1
     assert result.history[1]["train_mae"] == pytest.approx(loss.item(), rel=1e-5)
@@ -98,6 +114,46 @@ def test_train_that_diverges_to_nan_returns_the_start(data: CityData) -> None:
     assert same(model, start)
 
 
+class Steps(TrainerCallback):
+    """Copies what is trained after every step."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, torch.Tensor]] = []
+
+    def copy(self, model: nn.Module) -> None:
+        self.states.append({name: tensor.clone() for name, tensor in trainable_state(model).items()})
+
+    def on_train_begin(self, *args: object, **kwargs: Any) -> None:
+        self.copy(kwargs["model"])
+
+    def on_step_end(self, *args: object, **kwargs: Any) -> None:
+        self.copy(kwargs["model"])
+
+
+@pytest.mark.parametrize("ema_decay", [0.5, 0.0])
+def test_train_validates_and_keeps_the_moving_average_of_the_steps(data: CityData, ema_decay: float) -> None:
+    model, steps = Normed(), Steps()
+    options = replace(QUIET, max_epochs=3, ema_decay=ema_decay, batch_size=16)
+    result = train(model, data, options, callbacks=[steps])
+
+    per_epoch = -(-len(data.train) // 16)
+    averages = [steps.states[0]]
+    for step, state in enumerate(steps.states[1:], start=1):
+        decay = min(ema_decay, (1 + step) / (10 + step))
+        kept = {
+            name: decay * averages[-1][name].double() + (1 - decay) * tensor.double()
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in state.items()
+        }
+        averages.append(kept)
+    assert result.best_epoch > 0
+    best = averages[result.best_epoch * per_epoch]
+    for name, tensor in trainable_state(model).items():
+        torch.testing.assert_close(tensor, best[name].to(tensor.dtype), rtol=0, atol=1e-6 if ema_decay else 0.0)
+    assert evaluate(model, data.val, data).mae == pytest.approx(result.best_val_mae, rel=1e-9)
+
+
 def test_train_of_an_adapter_changes_the_adapter_only(data: CityData) -> None:
     model, start = lora(), lora()
     train(model, data, QUIET)
@@ -108,15 +164,6 @@ def test_train_of_an_adapter_changes_the_adapter_only(data: CityData) -> None:
 
 
 def test_train_keeps_the_statistics_of_a_frozen_norm(data: CityData) -> None:
-    class Normed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.frozen, self.free, self.layer = nn.BatchNorm2d(12), nn.BatchNorm2d(12), nn.Linear(3, 1)
-            self.frozen.requires_grad_(False)
-
-        def forward(self, x: torch.Tensor, *edges: torch.Tensor) -> torch.Tensor:
-            return self.layer(self.free(self.frozen(x)))
-
     model = Normed()
     start = copy.deepcopy(model)
     assert train(model, data, QUIET).best_epoch > 0
@@ -222,6 +269,8 @@ def test_train_without_a_validation_truth_raises() -> None:
         ("batch_size", 0, "batch_size >= 1"),
         ("eval_batch_size", 0, "eval_batch_size >= 1"),
         ("max_grad_norm", -1.0, "max_grad_norm >= 0"),
+        ("ema_decay", 1.0, "0 <= ema_decay < 1"),
+        ("ema_decay", -0.1, "0 <= ema_decay < 1"),
         ("seed", -1, "seed >= 0"),
         ("mixed_precision", "int8", "'no', 'bf16' or 'fp16'"),
     ],

@@ -71,7 +71,7 @@ def compare(
         "city": describe(city),
         "backbone": f"{saved.backbone.name} of {saved.city}, fingerprint {saved.fingerprint[:16]}",
         "learning rates": ", ".join(f"{rate:g}" for rate in plan["learning_rates"]),
-        "budget": f"{training.epochs} epochs, patience {training.patience}, batches of {training.batch_size} windows",
+        "budget": options.budget,
     }
     files = {"results": str(results), **write_reports(screen, out, read_json(results), city, saved, settings)}
     screen.say(comparison_table(rows, f"{saved.city} to {city.name}", city, screen.width))
