@@ -121,3 +121,16 @@ def test_conv_start_is_bounded_by_the_whole_kernel():
 def test_condition_of_shared_leaves_the_directions_as_they_are():
     u = torch.randn(2, 3)
     assert condition(u, {"A": u, "B": u}, None, 0, 1) is u
+
+
+def test_condition_by_embedding_without_node_vectors_raises():
+    u = torch.randn(2, 3)
+    maps = {"A": u, "B": u, "gate_map": torch.randn(3, 4), "node_bias_map": torch.randn(3, 4)}
+    with pytest.raises(ValueError, match="no node vectors") as error:
+        condition(u, maps, None, 0, 1)
+    assert str(error.value).splitlines() == [
+        "an update with conditioning 'embedding' has no node vectors.",
+        "  expected: the node table of its adapter",
+        "  got:      none",
+        "  to fix:   add the adapter with get_peft_model or add_adapter, which make the table",
+    ]

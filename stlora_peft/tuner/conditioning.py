@@ -22,6 +22,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from stlora_peft.errors import message
 from stlora_peft.tuner.functional import core_update, gate_update
 
 CONDITIONINGS: Final = ("gate", "core", "full", "embedding", "shared")
@@ -109,12 +110,24 @@ def condition(
 
     Returns:
         Tensor of the shape of ``u``.
+
+    Raises:
+        ValueError: If ``"embedding"`` has no node vectors.
     """
     if "core" in factors:
         return core_update(u, factors["core"], node, channel)
     if "gate" in factors:
         return gate_update(u, factors["gate"], factors["node_bias"], node, channel)
-    if "gate_map" in factors and embedding is not None:
+    if "gate_map" in factors:
+        if embedding is None:
+            raise ValueError(
+                message(
+                    "an update with conditioning 'embedding' has no node vectors",
+                    expected="the node table of its adapter",
+                    got="none",
+                    fix="add the adapter with get_peft_model or add_adapter, which make the table",
+                )
+            )
         vectors = embedding().to(u.dtype)
         gate = 1.0 + vectors @ factors["gate_map"].to(u.dtype).mT
         return gate_update(u, gate, vectors @ factors["node_bias_map"].to(u.dtype).mT, node, channel)
