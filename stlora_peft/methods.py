@@ -21,9 +21,6 @@ from stlora_peft.tuner.node_bound import rebuild
 from stlora_peft.tuner.reestimation import reestimate
 from stlora_peft.tuner.spec import BackboneSpec
 
-DROPOUT = 0.1
-"""Dropout of every low-rank method, chosen on validation data (docs/results.md)."""
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -76,8 +73,7 @@ def build_adapter(backbone: nn.Module, data: CityData, **settings: Any) -> PeftM
     Args:
         backbone: The backbone as it was pretrained; it is not changed.
         data: The city. Its nodes, its scaler, window and horizon are noted in the adapter's configuration.
-        **settings: Arguments of :class:`stlora_peft.STLoraConfig`. Dropout is 0.1 unless it is given: few days are
-            soon learnt by heart.
+        **settings: Arguments of :class:`stlora_peft.STLoraConfig`.
 
     Returns:
         The model, its adapter without effect so far.
@@ -100,7 +96,6 @@ def build_adapter(backbone: nn.Module, data: CityData, **settings: Any) -> PeftM
         "scaler": data.scaler.to_dict(),
         "window": data.train.window,
         "horizon": data.train.horizon,
-        "lora_dropout": DROPOUT,
     }
     model = get_peft_model(copy.deepcopy(backbone), STLoraConfig(**{**known, **settings}))
     reestimate(model, forward_batches(data.train, data))
@@ -144,7 +139,6 @@ def _lora(backbone: nn.Module, data: CityData) -> Candidate:
     config = LoraConfig(
         r=default.r,
         lora_alpha=int(default.lora_alpha),
-        lora_dropout=DROPOUT,
         target_modules=list(spec.target_modules),
         modules_to_save=list(spec.node_bound) or None,
     )
@@ -152,11 +146,11 @@ def _lora(backbone: nn.Module, data: CityData) -> Candidate:
         return Candidate(get_peft_model(_rebuilt(backbone, data), config), "peft.LoraConfig")
     except ValueError:  # PEFT refuses a target: graph convolutions and recurrent layers are not its own
         model = build_adapter(backbone, data, conditioning="shared", predictor=None)
-        return Candidate(model, f'STLoraConfig(conditioning="shared", predictor=None, lora_dropout={DROPOUT})')
+        return Candidate(model, 'STLoraConfig(conditioning="shared", predictor=None)')
 
 
 def _st_lora(backbone: nn.Module, data: CityData) -> Candidate:
-    return Candidate(build_adapter(backbone, data), f"STLoraConfig(num_nodes=N, lora_dropout={DROPOUT})")
+    return Candidate(build_adapter(backbone, data), "STLoraConfig(num_nodes=N)")
 
 
 METHODS: dict[str, Method] = {

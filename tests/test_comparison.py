@@ -6,12 +6,12 @@ import pytest
 import torch
 from small_city import small_city
 
-from stlora_peft import comparison, methods
+from stlora_peft import comparison
 from stlora_peft.backbones import build_backbone
 from stlora_peft.comparison import Row, adaptation_data, adapter_bytes, compare
-from stlora_peft.data import Scaler
+from stlora_peft.data import CityData, Scaler
 from stlora_peft.evaluation import evaluate
-from stlora_peft.methods import METHODS
+from stlora_peft.methods import METHODS, Candidate, build_adapter
 from stlora_peft.storage import SavedBackbone, load_backbone, save_backbone
 from stlora_peft.training import TrainingOptions
 
@@ -162,7 +162,11 @@ def test_compare_into_results_of_another_recipe_of_the_method_raises(
 
     rows = run("head", "lora")
     before = (tmp_path / "results.json").read_bytes()
-    monkeypatch.setattr(methods, "DROPOUT", 0.25)
+
+    def smaller(backbone: torch.nn.Module, data: CityData) -> Candidate:
+        return Candidate(build_adapter(backbone, data, conditioning="shared", predictor=None, r=2), "rank 2")
+
+    monkeypatch.setitem(METHODS, "lora", replace(METHODS["lora"], build=smaller))
     assert run("head") == rows[:1]  # what changed does not concern it
     with pytest.raises(ValueError, match="cannot be continued") as error:
         run("head", "lora")
@@ -171,7 +175,7 @@ def test_compare_into_results_of_another_recipe_of_the_method_raises(
     expected = "  expected: rows of 'lora' by the recipe "
     assert lines[1].startswith(expected)
     now = lines[1].removeprefix(expected).split(" ")[0]
-    assert lines[1] == f'{expected}{now} (STLoraConfig(conditioning="shared", predictor=None, lora_dropout=0.25))'
+    assert lines[1] == f"{expected}{now} (rank 2)"
     then = rows[1]["recipe"]
     assert now != then
     assert lines[2] == f"  got:      rows by {then} ({rows[1]['implementation']})"

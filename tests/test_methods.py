@@ -73,7 +73,7 @@ def test_full_trains_everything(data: CityData) -> None:
 
 def test_lora_says_which_implementation_it_is(data: CityData) -> None:
     candidate = METHODS["lora"].build(make("stgcn"), data)
-    assert candidate.implementation == 'STLoraConfig(conditioning="shared", predictor=None, lora_dropout=0.1)'
+    assert candidate.implementation == 'STLoraConfig(conditioning="shared", predictor=None)'
     assert candidate.model.peft_config["default"].conditioning == "shared"
 
 
