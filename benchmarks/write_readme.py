@@ -23,7 +23,7 @@ from stlora_peft import STLoraConfig
 from stlora_peft.backbones import BACKBONES, build_backbone
 from stlora_peft.files import atomic_write
 from stlora_peft.tuner.conditioning import CONDITIONINGS
-from stlora_peft.tuner.host_layers import host_layers
+from stlora_peft.tuner.hosts import host_names
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -100,9 +100,8 @@ def backbone_row(name: str) -> list[str]:
 def layer_grid() -> str:
     """Adaptable layers by class, and whether a shared update merges into them."""
     rows = []
-    for cls, host in host_layers().items():
-        package = cls.__module__.split(".")[0]
-        rows.append([f"`{package}.nn.{cls.__name__}`", "yes", "yes" if host.mergeable else "no"])
+    for name, host in host_names().items():
+        rows.append([f"`{name}`", "yes", "yes" if host.mergeable else "no"])
     return table(["layer", "node-conditioned", "merge (shared)"], rows)
 
 

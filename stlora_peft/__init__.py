@@ -6,6 +6,7 @@ Importing this package registers the adapter type ``STLORA`` with PEFT.
 from importlib.metadata import PackageNotFoundError, version
 
 from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
+from stlora_peft.tuner.hosts import register_host_layer
 from stlora_peft.tuner.identity import check_nodes, fingerprint
 from stlora_peft.tuner.model import STLoraModel
 from stlora_peft.tuner.node_bound import rebuild
@@ -28,6 +29,7 @@ __all__ = [
     "find_layouts",
     "fingerprint",
     "rebuild",
+    "register_host_layer",
     "reestimate",
 ]
 

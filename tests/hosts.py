@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from reference import Temporal
 from torch import Tensor, nn
 from toys import graph
+
+from stlora_peft.backbones import tgt
 
 gnn = pytest.importorskip("torch_geometric.nn")
 
@@ -26,7 +30,8 @@ class Host:
     """One layer to adapt and how its input is laid out.
 
     ``pattern`` is einops' pattern of the input and ``layout`` ours where they differ; ``call`` runs the layer and
-    gives the tensor that the update is added to; ``temporal`` says what a convolution along time is.
+    gives the tensor that the update is added to; ``temporal`` says what a convolution along time is; ``root`` gives
+    what the update reads of the input.
     """
 
     name: str
@@ -36,6 +41,7 @@ class Host:
     call: Callable[[nn.Module, Tensor], Tensor] = lambda layer, x: layer(x)
     temporal: Temporal | None = None
     on_output: bool = False
+    root: Callable[[Tensor], Tensor] = lambda x: x
 
     def __str__(self) -> str:
         return self.name
@@ -44,7 +50,7 @@ class Host:
         return rearrange(x, f"b t n c -> {self.pattern}")
 
     def unfold(self, x: Tensor) -> Tensor:
-        return rearrange(x, f"{self.pattern} -> b t n c", n=N, **({"b": B} if "(b t n)" in self.pattern else {}))
+        return rearrange(x, f"{self.pattern} -> b t n c", n=N, **({"b": B} if "(b t" in self.pattern else {}))
 
 
 def graph_call(layer: nn.Module, x: Tensor) -> Tensor:
@@ -55,6 +61,57 @@ def union_call(layer: nn.Module, x: Tensor) -> Tensor:
     copies = x.shape[-2] // N
     edges = torch.cat([EDGES + N * i for i in range(copies)], dim=1)
     return layer(x, edges, WEIGHTS.repeat(copies))
+
+
+def union(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Edges and float32 weights (DConv makes ones of that type) of as many copies of the graph as ``x`` has."""
+    copies = x.shape[-2] // N
+    return torch.cat([EDGES + N * i for i in range(copies)], dim=1), WEIGHTS.float().repeat(copies)
+
+
+def unweighted_call(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x, EDGES)
+
+
+def pair_call(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer((x.flip(-2), x), EDGES)
+
+
+def relation_call(layer: nn.Module, x: Tensor) -> Tensor:
+    edges, _ = union(x)
+    return layer(x, edges, torch.arange(edges.shape[1]) % 2)
+
+
+def gated_call(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x, union(x)[0])
+
+
+def diffusion_call(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x, *union(x))
+
+
+def attention_call(layer: nn.Module, x: Tensor) -> Tensor:
+    attention = torch.linspace(0.5, 1.5, N * N, dtype=x.dtype).view(1, N, N).expand(x.shape[0], N, N)
+    return layer(x, EDGES, attention, WEIGHTS)
+
+
+def adaptive_call(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x, torch.linspace(-1, 1, N * 2, dtype=x.dtype).view(N, 2))
+
+
+def widened(x: Tensor) -> Tensor:
+    """What GatedGraphConv makes of a narrower input."""
+    return F.pad(x, (0, D - C))
+
+
+def tgt_layer(name: str) -> Callable[..., nn.Module]:
+    """Look up a layer of torch-geometric-temporal by the end of its name."""
+    module, _, attribute = f"{tgt.load().__name__}.nn.{name}".rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def self_attention(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x, x, x, need_weights=False)[0]
 
 
 def first(layer: nn.Module, x: Tensor) -> Tensor:
@@ -142,6 +199,46 @@ GRAPH = [
     Host("cheb[b t n c]", lambda: gnn.ChebConv(C, D, K=3), layout="", call=graph_call),
     Host("cheb[(b t n) c]", lambda: gnn.ChebConv(C, D, K=3), "(b t n) c", layout="", call=union_call),
 ]
+GRAPH += [
+    Host("sage[b t n c]", lambda: gnn.SAGEConv(C, D), layout="", call=unweighted_call),
+    Host("sage[(b t n) c]", lambda: gnn.SAGEConv(C, D), "(b t n) c", layout="", call=gated_call),
+    Host("sage of a pair", lambda: gnn.SAGEConv((C, C), D), layout="", call=pair_call),
+    Host("sage without root", lambda: gnn.SAGEConv(C, D, root_weight=False), layout="", call=unweighted_call),
+    Host("rgcn", lambda: gnn.RGCNConv(C, D, 2), "(b t n) c", layout="", call=relation_call),
+    Host("gated", lambda: gnn.GatedGraphConv(D, 2), "(b t n) c", layout="", call=gated_call, root=widened),
+    Host("dconv", lambda: tgt_layer("recurrent.dcrnn.DConv")(C, D, 3), "(b t n) c", layout="", call=diffusion_call),
+    Host(
+        "batched dconv",
+        lambda: tgt_layer("recurrent.dcrnn.BatchedDConv")(C, D, 2),
+        "(b t n) c",
+        layout="",
+        call=diffusion_call,
+    ),
+    Host(
+        "cheb with attention",
+        lambda: tgt_layer("attention.astgcn.ChebConvAttention")(C, D, 2, normalization="sym"),
+        "(b t) n c",
+        layout="",
+        call=attention_call,
+    ),
+    Host(
+        "node-adaptive conv",
+        lambda: tgt_layer("recurrent.agcrn.AVWGCN")(C, D, 2, 2),
+        "(b t) n c",
+        layout="",
+        call=adaptive_call,
+    ),
+]
+ATTENTION = [
+    Host("attention", lambda: nn.MultiheadAttention(C, 2, batch_first=True), "(b n) t c", call=self_attention),
+    Host("attention over nodes", lambda: nn.MultiheadAttention(C, 2), "n (b t) c", call=self_attention),
+    Host(
+        "encoder layer",
+        lambda: nn.TransformerEncoderLayer(C, 2, 8, dropout=0.0, batch_first=True),
+        "(b n) t c",
+        call=lambda layer, x: layer(x),
+    ),
+]
 RECURRENT = [
     Host("lstm[(b n) t c]", lambda: nn.LSTM(C, D, batch_first=True), "(b n) t c", call=first, on_output=True),
     Host("lstm[t (b n) c]", lambda: nn.LSTM(C, D), "t (b n) c", call=first, on_output=True),
@@ -156,7 +253,12 @@ RECURRENT = [
     Host("gru[(b n) t c]", lambda: nn.GRU(C, D, batch_first=True), "(b n) t c", call=first, on_output=True),
     Host("gru deep, both ways", lambda: nn.GRU(C, D, 2, bidirectional=True), "t (b n) c", call=first, on_output=True),
 ]
-HOSTS = LINEAR + CONV + GRAPH + RECURRENT
+CELLS = [
+    Host("gru cell", lambda: nn.GRUCell(C, D), "(b t n) c", on_output=True),
+    Host("rnn cell", lambda: nn.RNNCell(C, D), "(b t n) c", on_output=True),
+    Host("lstm cell", lambda: nn.LSTMCell(C, D), "(b t n) c", call=first, on_output=True),
+]
+HOSTS = LINEAR + CONV + GRAPH + ATTENTION + RECURRENT + CELLS
 
 
 def options_of(host: Host, conditioning: str, **options: Any) -> dict[str, Any]:
@@ -173,7 +275,7 @@ def canonical(seed: int = 3) -> Tensor:
 def expected_output(host: Host, base: nn.Module, x: Tensor, conditioning: str, factors: Any, scale: float) -> Tensor:
     """What the formula gives, in the layout ``b t n c``."""
     out = host.unfold(host.call(base, host.fold(x)))
-    z = out if host.on_output else x
+    z = out if host.on_output else host.root(x)
     if host.temporal is None:
         return out + reference.pointwise_update(z, conditioning, factors, scale)
     factors = factors | {"A": factors["A"].flatten(3 if conditioning == "full" else 2)}

@@ -70,6 +70,4 @@ def test_tuner_works_where_torch_geometric_cannot_be_imported():
         "backbone = build_backbone('lstm', in_channels=3, hidden_size=4)\n"
         "model = get_peft_model(backbone, stlora_peft.STLoraConfig(num_nodes=5))\n"
         "assert model(torch.zeros(2, 12, 5, 3), None).shape == (2, 12, 5, 1)\n"
-        "from stlora_peft.tuner.host_layers import host_layers\n"
-        "assert all(cls.__module__.startswith('torch.') for cls in host_layers())\n"
     )

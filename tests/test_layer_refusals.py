@@ -24,7 +24,9 @@ gnn = pytest.importorskip("torch_geometric.nn")
         (nn.LazyLinear(4), "torch.nn.modules.linear.LazyLinear; it is lazy and has no size yet"),
         (gnn.Linear(-1, 4), "torch_geometric.nn.dense.linear.Linear; it is lazy and has no size yet"),
         (gnn.GCNConv(-1, 4), "torch_geometric.nn.conv.gcn_conv.GCNConv; it is lazy"),
-        (nn.GRUCell(4, 4), "torch.nn.modules.rnn.GRUCell"),
+        (nn.RNN(4, 4), "torch.nn.modules.rnn.RNN"),
+        (gnn.SAGEConv(-1, 4), "torch_geometric.nn.conv.sage_conv.SAGEConv; it is lazy"),
+        (gnn.SAGEConv((-1, -1), 4), "torch_geometric.nn.conv.sage_conv.SAGEConv; it is lazy"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )

@@ -15,10 +15,17 @@ from stlora_peft import STLoraConfig
 from stlora_peft.tuner.layers import STLoraLayer
 
 HOSTS = (
-    "torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.LSTM, torch.nn.GRU, "
-    "torch_geometric.nn.Linear, torch_geometric.nn.GCNConv, torch_geometric.nn.ChebConv"
+    "torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.LSTM, torch.nn.GRU, torch.nn.LSTMCell, "
+    "torch.nn.GRUCell, torch.nn.RNNCell, torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, "
+    "torch_geometric.nn.Linear, torch_geometric.nn.GCNConv, torch_geometric.nn.ChebConv, torch_geometric.nn.SAGEConv, "
+    "torch_geometric.nn.RGCNConv, torch_geometric.nn.GatedGraphConv, torch_geometric_temporal.nn.DConv, "
+    "torch_geometric_temporal.nn.BatchedDConv, torch_geometric_temporal.nn.AVWGCN, "
+    "torch_geometric_temporal.nn.ChebConvAttention, or a class of your own"
 )
-FIX = "leave it out of target_modules (or name it in exclude_modules), or train it with modules_to_save"
+FIX = (
+    "leave it out of target_modules (or name it in exclude_modules), train it with modules_to_save, or register its "
+    "class with register_host_layer"
+)
 
 
 class Stack(nn.Module):
@@ -161,8 +168,8 @@ def test_rank_stabilised_scale(rslora: bool, scale: float) -> None:
         (nn.Embedding(3, 3), "torch.nn.modules.sparse.Embedding"),
         (nn.Conv3d(3, 3, 1), "torch.nn.modules.conv.Conv3d"),
         (nn.Bilinear(3, 3, 3), "torch.nn.modules.linear.Bilinear"),
-        (nn.LSTMCell(3, 3), "torch.nn.modules.rnn.LSTMCell"),
-        (nn.MultiheadAttention(4, 2), "torch.nn.modules.activation.MultiheadAttention"),
+        (nn.RNN(3, 3), "torch.nn.modules.rnn.RNN"),
+        (nn.TransformerDecoderLayer(4, 2), "torch.nn.modules.transformer.TransformerDecoderLayer"),
         (GATConv(3, 3), "torch_geometric.nn.conv.gat_conv.GATConv"),
         (nn.Conv1d(4, 4, 1, groups=2), "torch.nn.modules.conv.Conv1d; it is a grouped convolution (groups=2)"),
         (

@@ -107,6 +107,8 @@ class STLoraConfig(PeftConfig):
         base_fingerprint: Hash of the frozen backbone's weights; filled in when the adapter is made, and checked
             when it is loaded.
         tensors: Shape of each tensor of the saved file; filled in by saving.
+        host_layers: Layer classes of the user's that are adapted, as :func:`stlora_peft.register_host_layer`
+            described them; filled in when the adapter is made.
 
     Raises:
         ValueError: If a value or combination is not allowed.
@@ -144,6 +146,7 @@ class STLoraConfig(PeftConfig):
     horizon: int | None = None
     base_fingerprint: str | None = None
     tensors: dict[str, list[int]] | None = None
+    host_layers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check every range and combination."""

@@ -1,18 +1,15 @@
-"""The layers of torch and torch-geometric that can be adapted, and how each takes the update."""
+"""Linear layers, convolutions and attention of torch with a node-conditioned update on their input."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stlora_peft.errors import message
 from stlora_peft.tuner.functional import full_conv, full_update
 from stlora_peft.tuner.layers import STLoraLayer
-from stlora_peft.tuner.layout import Layout, check_union
+from stlora_peft.tuner.layout import Layout
 
 
 class STLoraLinear(STLoraLayer):
@@ -106,128 +103,37 @@ class STLoraConv(STLoraLayer):
         return (F.conv1d if spatial == 1 else F.conv2d)(u, weight[(...,) + (None,) * spatial])
 
 
-class STLoraGraphConv(STLoraLayer):
-    r"""A graph convolution with the update on its root term.
+class STLoraAttention(STLoraLayer):
+    r"""``nn.MultiheadAttention`` with the update beside it.
 
-    .. math:: y_i = \mathrm{conv}(x, E)_i + \tfrac{\alpha}{r} B A_i x_i
+    .. math:: y_i = \mathrm{attention}(q, k, v)_i + \tfrac{\alpha}{r} B A_i q_i
 
-    The update conditions on the receiving node and reads that node's own input. For ``ChebConv`` it is exactly
-    an update of the order-0 weight ``lins[0]``; ``GCNConv`` has no root weight, so the update adds one. Nodes are
-    on axis -2, or, as PyG batches graphs, rows of a union of equal graphs (``row % N``).
-    """
-
-    default_layout = "... (b n) c"
-
-    @staticmethod
-    def _sizes(base_layer: nn.Module) -> tuple[tuple[int, ...], int]:
-        return (int(cast(int, base_layer.in_channels)),), int(cast(int, base_layer.out_channels))
-
-    @classmethod
-    def refusal(cls, base_layer: nn.Module) -> str | None:
-        """Lazy layers have no size yet."""
-        return "it is lazy: run the backbone once before adapting it" if base_layer.in_channels == -1 else None
-
-    def forward(self, x: Tensor, edge_index: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the convolution and add the updates; ``edge_index`` and the rest pass through."""
-        if not self.disable_adapters and isinstance(edge_index, Tensor):
-            self._check_union(x, edge_index)
-        return super().forward(x, edge_index, *args, **kwargs)
-
-    def _check_union(self, x: Tensor, edge_index: Tensor) -> None:
-        for name in self.active_adapters:
-            if self.conditioning.get(name, "shared") == "shared":
-                continue
-            layout, num_nodes = self.layout[name], self.num_nodes[name]
-            if layout.fits(x.shape, num_nodes):
-                where = f"stlora adapter '{name}' on '{self.name}'"
-                check_union(edge_index, x.shape[-2], num_nodes, layout, where)
-
-
-class STLoraChebConv(STLoraGraphConv):
-    """``ChebConv``: a shared update merges into the order-0 weight."""
-
-    mergeable = True
-
-    def _root_weight(self) -> nn.Parameter:
-        return cast(nn.Parameter, cast(Any, self.get_base_layer()).lins[0].weight)
-
-
-class STLoraRecurrent(STLoraLayer):
-    r"""``nn.LSTM`` and ``nn.GRU`` with the update on the output.
-
-    .. math:: y_{i,t} = h_{i,t} + \tfrac{\alpha}{r} B A_i h_{i,t}
-
-    The recurrence itself is untouched. The last layer's final hidden state gets the same update, so that it
-    still equals the last output; the LSTM's cell state is returned as it is.
+    Its projections cannot be adapted one by one: torch reads their weights without calling them. The update
+    conditions on the node that asks, :math:`q_i`.
     """
 
     @staticmethod
     def _sizes(base_layer: nn.Module) -> tuple[tuple[int, ...], int]:
-        rnn = cast(nn.LSTM, base_layer)
-        width = (rnn.proj_size or rnn.hidden_size) * (2 if rnn.bidirectional else 1)
+        width = cast(nn.MultiheadAttention, base_layer).embed_dim
         return (width,), width
 
-    @property
-    def _rnn(self) -> nn.LSTM:
-        return cast(nn.LSTM, self.get_base_layer())
-
-    def node_axes(self, ndim: int) -> tuple[int, ...]:
-        """The batch axis of a recurrent layer."""
-        return (0,) if self._rnn.batch_first else (1,)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the recurrent layer and update its output and final hidden state."""
-        if self.disable_adapters:
-            return self.base_layer(x, *args, **kwargs)
-        if not isinstance(x, Tensor) or x.ndim != 3:
-            raise ValueError(
-                message(
-                    f"stlora layer '{self.name}' cannot read its input",
-                    expected="a padded tensor of three axes",
-                    got=f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__,
-                    fix="pad a packed sequence, and give a single series a batch axis",
-                )
-            )
-        out, state = self.base_layer(x, *args, **kwargs)
-        update = self._active_updates(out)
-        if update is None:
-            return out, state
-        out = out + update.to(out.dtype)
-        hidden = self._final_hidden(out, state[0] if isinstance(state, tuple) else state)
-        return out, (hidden, *state[1:]) if isinstance(state, tuple) else hidden
-
-    def _final_hidden(self, out: Tensor, hidden: Tensor) -> Tensor:
-        """Put the last layer's updated final output into the hidden state."""
-        time = 1 if self._rnn.batch_first else 0
-        if not self._rnn.bidirectional:
-            return torch.cat([hidden[:-1], out.select(time, -1)[None]])
-        forward, backward = out.chunk(2, dim=-1)
-        last = torch.stack([forward.select(time, -1), backward.select(time, 0)])
-        return torch.cat([hidden[:-2], last])
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the attention and update its output; the weights of the attention are returned as they are."""
+        out, weights = self.base_layer(*args, **kwargs)
+        update = None if self.disable_adapters else self._active_updates(args[0] if args else kwargs["query"])
+        return (out if update is None else out + update.to(out.dtype)), weights
 
 
-def host_layers() -> Mapping[type[nn.Module], type[STLoraLayer]]:
-    """Layer classes that can be adapted, those of torch-geometric where it is installed."""
-    hosts: dict[type[nn.Module], type[STLoraLayer]] = {
-        nn.Linear: STLoraLinear,
-        nn.Conv1d: STLoraConv,
-        nn.Conv2d: STLoraConv,
-        nn.LSTM: STLoraRecurrent,
-        nn.GRU: STLoraRecurrent,
-    }
-    try:
-        import torch_geometric.nn as pyg
-    except ImportError:
-        return hosts
-    return hosts | {pyg.Linear: STLoraLinear, pyg.GCNConv: STLoraGraphConv, pyg.ChebConv: STLoraChebConv}
+class STLoraEncoderLayer(STLoraLayer):
+    r"""``nn.TransformerEncoderLayer`` with the update beside the whole layer.
 
+    .. math:: y_i = \mathrm{layer}(x)_i + \tfrac{\alpha}{r} B A_i x_i
 
-def layer_sizes(layer: nn.Module) -> tuple[tuple[int, ...], int]:
-    """Width that a layer's update reads, followed by the kernel of a convolution, and width that it writes."""
-    return cast(type[STLoraLayer], host_class(layer))._sizes(layer)
+    Nothing inside it can be adapted: when it does not train, torch runs the layer as one kernel that reads the weights
+    of its parts without calling them.
+    """
 
-
-def host_class(layer: nn.Module) -> type[STLoraLayer] | None:
-    """The class that adapts ``layer``, looked up along its bases, or None."""
-    hosts = host_layers()
-    return next((hosts[cls] for cls in type(layer).__mro__ if cls in hosts), None)
+    @staticmethod
+    def _sizes(base_layer: nn.Module) -> tuple[tuple[int, ...], int]:
+        width = cast(nn.TransformerEncoderLayer, base_layer).self_attn.embed_dim
+        return (width,), width

@@ -81,6 +81,10 @@ class STLoraLayer(AdapterModule):
         """Axes of an input that may hold the nodes."""
         return tuple(axis for axis in range(ndim) if axis != self.channel(ndim))
 
+    def _root(self, x: Any) -> Tensor:
+        """What the update reads of the layer's first argument."""
+        return cast(Tensor, x)
+
     def _down(self, z: Tensor, weight: Tensor) -> Tensor:
         """Shared projection A z, axes kept."""
         return project(z, weight)
@@ -203,7 +207,7 @@ class STLoraLayer(AdapterModule):
                 total = update if total is None else total + update
         return total
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Run the wrapped layer and add the updates of the active adapters."""
         if self.disable_adapters:
             if self.merged:
@@ -212,7 +216,7 @@ class STLoraLayer(AdapterModule):
         out = cast(Tensor, self.base_layer(x, *args, **kwargs))
         if self.merged:
             return out
-        update = self._active_updates(x)
+        update = self._active_updates(self._root(x))
         return out if update is None else out + update.to(out.dtype)
 
     # -- merging ----------------------------------------------------------------------------------------

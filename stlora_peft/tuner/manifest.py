@@ -10,7 +10,7 @@ from torch import nn
 from stlora_peft.errors import message
 from stlora_peft.tuner.conditioning import factor_shapes
 from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
-from stlora_peft.tuner.host_layers import layer_sizes
+from stlora_peft.tuner.hosts import layer_sizes
 from stlora_peft.tuner.identity import base_tensors
 from stlora_peft.tuner.node_bound import resize
 from stlora_peft.tuner.nodes import TABLE_ATTRIBUTE

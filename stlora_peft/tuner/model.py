@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from stlora_peft.errors import message
 from stlora_peft.tuner.config import STLoraConfig
 from stlora_peft.tuner.guards import check_backbone_config, check_cached_graphs, check_names
-from stlora_peft.tuner.host_layers import host_class
+from stlora_peft.tuner.hosts import host_class
 from stlora_peft.tuner.known_layers import known_layout
 from stlora_peft.tuner.layers import STLoraLayer, check_mergeable
 from stlora_peft.tuner.node_bound import NodeBoundLayer, find_module, spec_of

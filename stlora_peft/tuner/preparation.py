@@ -12,7 +12,8 @@ from torch import nn
 
 from stlora_peft.errors import message
 from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
-from stlora_peft.tuner.host_layers import STLoraLinear, host_class, host_layers
+from stlora_peft.tuner.host_layers import STLoraLinear
+from stlora_peft.tuner.hosts import HostLayer, host_class, host_names, registered_hosts, remember
 from stlora_peft.tuner.identity import check_fingerprint, fingerprint
 from stlora_peft.tuner.manifest import check_tensors, expected_tensors
 from stlora_peft.tuner.node_bound import NodeBoundLayer, bound_size, find_module, spec_of
@@ -43,6 +44,8 @@ class PreparingTuner(BaseTuner):
                     fix="pass the number of nodes (sensors) of the city",
                 )
             )
+        for layer, described in config.host_layers.items():
+            remember(layer, HostLayer(**described))
         self._resolve_targets(config)
         self._resolve_predictor(config)
         self._resolve_node_bound(config)
@@ -134,6 +137,7 @@ class PreparingTuner(BaseTuner):
 
     def _check_targets(self, config: STLoraConfig) -> None:
         targets = self._targets(config)
+        config.host_layers = registered_hosts(list(targets.values()))
         for key, base in targets.items():
             check_supported(base, key, self.model.get_submodule(key.rpartition(".")[0]))
             outer = next((other for other in targets if key.startswith(f"{other}.")), None)
@@ -188,12 +192,12 @@ def check_supported(layer: nn.Module, key: str, parent: nn.Module) -> None:
         if refusal is None:
             return
         reason = f"{reason}; {refusal}"
-    works = ", ".join(f"{cls.__module__.split('.')[0]}.nn.{cls.__name__}" for cls in host_layers())
     raise ValueError(
         message(
             f"layer '{key}' cannot be adapted",
-            expected=f"one of {works}",
+            expected=f"one of {', '.join(host_names())}, or a class of your own",
             got=reason,
-            fix="leave it out of target_modules (or name it in exclude_modules), or train it with modules_to_save",
+            fix="leave it out of target_modules (or name it in exclude_modules), train it with modules_to_save, or "
+            "register its class with register_host_layer",
         )
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stlora_peft.errors import message
-from stlora_peft.tuner.host_layers import host_class
+from stlora_peft.tuner.hosts import host_class
 from stlora_peft.tuner.layout import infer_layout, layout_readings
 
 
