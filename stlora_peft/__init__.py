@@ -29,8 +29,8 @@ __all__ = [
     "find_layouts",
     "fingerprint",
     "rebuild",
-    "register_host_layer",
     "reestimate",
+    "register_host_layer",
 ]
 
 register(STLoraConfig, STLoraModel)

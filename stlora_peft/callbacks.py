@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -235,6 +235,16 @@ class JobBars:
             return
         with ProgressBar(description, self._progress) as bar:
             yield [bar]
+
+    @contextmanager
+    def part(self, description: str) -> Iterator[Callable[[int, int], None]]:
+        """Yield what draws the progress of one job that is no training, from the parts done and their number."""
+        if self._progress is None:
+            yield lambda done, total: None
+            return
+        progress, task = self._progress, self._progress.add_task(description, total=None, note="")
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+        progress.remove_task(task)
 
     def __enter__(self) -> JobBars:
         """Show the upper bar."""

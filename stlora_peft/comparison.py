@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from stlora_peft.baselines import Baseline, baseline_batches
 from stlora_peft.callbacks import JobBars
 from stlora_peft.checkpoints import trainable_state
 from stlora_peft.data import City, CityData, Windows, adaptation_split, prepare
@@ -24,14 +25,13 @@ from stlora_peft.errors import message
 from stlora_peft.evaluation import check_fit, evaluate, evaluate_persistence
 from stlora_peft.files import read_json, write_json
 from stlora_peft.methods import Build, Candidate, Method, find_methods
-from stlora_peft.metrics import Metrics
+from stlora_peft.metrics import ErrorSums, Metrics
 from stlora_peft.storage import ADAPTER_WEIGHTS, SavedBackbone, save_adapter
 from stlora_peft.tensorfiles import tensors_to_bytes
 from stlora_peft.training import TrainingOptions, TrainingResult, train
 
 Row = dict[str, Any]
 RESULTS = "results.json"
-PERSISTENCE = "last reading"
 _NOT_SHARED = ("learning_rate", "seed", "progress", "eval_batch_size")  # options that rows of one table may differ in
 
 
@@ -67,17 +67,22 @@ def compare(
     Returns:
         One row for each method and seed, with the keys ``method``, ``implementation``, ``days``, ``seed``, ``mae``,
         ``rmse``, ``mape`` (the averages), ``horizons`` (the same at steps 3, 6, 12 and ``average``),
-        ``learning_rate``, ``best_val_mae``, ``best_epoch``, ``trainable_parameters``, ``total_parameters``,
-        ``seconds`` (the training that counts), ``search_seconds`` (the whole grid), ``adapter_bytes`` (what the city
-        needs on disk beside the backbone), ``settings`` (a hash of everything that the rows of one table share) and
-        ``recipe`` (a hash of what the rows of one method share: what is trained, the adapter's configuration).
+        ``learning_rate``, ``best_val_mae`` (None where all given days were fitted), ``best_epoch``,
+        ``trainable_parameters``, ``total_parameters``, ``seconds`` (the training that counts), ``search_seconds``
+        (the whole grid), ``adapter_bytes`` (what the city needs on disk beside the backbone), ``settings`` (a hash
+        of everything that the rows of one table share) and ``recipe`` (a hash of what the rows of one method share:
+        what is trained, the adapter's configuration).
 
     Raises:
         ValueError: If a method is unknown, a list is empty, the backbone does not fit the city, or ``output_dir``
             holds rows that were measured under other settings or by another recipe of the method.
+        ImportError: If a baseline needs a package that is not installed.
     """
     options = options or TrainingOptions()
     chosen = find_methods(methods)
+    for kind in (method.baseline for method in chosen.values()):
+        if kind is not None:
+            kind.require_packages()
     _check_not_empty(seeds=seeds, learning_rates=learning_rates)
     data = adaptation_data(saved, city, days)
     check_fit(saved.backbone, data.train)
@@ -155,9 +160,11 @@ class _Run:
 
     def measure(self, method: Method, title: str) -> Row:
         """Build a method's model, train it with each learning rate, and measure the one that validates best."""
+        if method.baseline is not None:
+            return self.fit(method.baseline, title)
         if method.build is None:
             val, test = (evaluate_persistence(part, self.data) for part in (self.data.val, self.data.test))
-            return _row(test, val.mae, PERSISTENCE)
+            return _row(test, val.mae, "last reading")
         if not method.trained:
             candidate = method.build(self.backbone, self.data)
             val, test = (self.errors(candidate.model, part) for part in (self.data.val, self.data.test))
@@ -172,6 +179,15 @@ class _Run:
         }
         test = self.errors(candidate.model, self.data.test)
         return _row(test, result.best_val_mae, candidate.implementation, {**_sizes(candidate.model), **details})
+
+    def fit(self, kind: type[Baseline], title: str) -> Row:
+        """Fit a baseline on the given part, which holds the validation part: there is no error to choose by."""
+        with self.bars.part(title) as progress:
+            baseline = kind.fit(self.data, progress)
+        sums = ErrorSums(self.data.test.horizon)
+        for forecast, truth in baseline_batches(baseline, self.data.test):
+            sums.add(forecast, truth)
+        return _row(sums.metrics(), math.nan, baseline.description)
 
     def train(self, build: Build, rate: float, title: str) -> tuple[Candidate, TrainingResult, float]:
         """Train a fresh model; its first weights, and all else that is drawn, follow from the seed."""
@@ -228,7 +244,7 @@ def _settings(saved: SavedBackbone, city: City, options: TrainingOptions, learni
 def _recipe(method: Method, backbone: nn.Module, data: CityData) -> tuple[str, str]:
     """Hash how a method is realised on this backbone, and say it in words."""
     if method.build is None:
-        return PERSISTENCE, PERSISTENCE
+        return method.description, method.description
     candidate = method.build(backbone, data)
     return candidate.recipe, candidate.implementation
 

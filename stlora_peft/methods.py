@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from stlora_peft.baselines import BASELINES, Baseline
 from stlora_peft.data import CityData, Windows
 from stlora_peft.errors import message
 from stlora_peft.evaluation import window_batches
@@ -58,11 +59,13 @@ class Method:
         description: What it does, in one line.
         build: Makes the model; None where the method has none.
         trained: Whether the model is trained.
+        baseline: Forecaster without a backbone that is fitted instead.
     """
 
     description: str
-    build: Build | None
+    build: Build | None = None
     trained: bool = True
+    baseline: type[Baseline] | None = None
 
 
 def build_adapter(backbone: nn.Module, data: CityData, **settings: Any) -> PeftModel:
@@ -155,7 +158,10 @@ def _st_lora(backbone: nn.Module, data: CityData) -> Candidate:
 
 METHODS: dict[str, Method] = {
     "zero-shot": Method("the backbone as it is, with the new city's scaler", _zero_shot, trained=False),
-    "persistence": Method("the last reading, at every step; no model", None, trained=False),
+    "persistence": Method("the last reading, at every step; no model", trained=False),
+    "ha": Method("historical average by time of day", trained=False, baseline=BASELINES["ha"]),
+    "var": Method("vector autoregression of all nodes", trained=False, baseline=BASELINES["var"]),
+    "svr": Method("linear support vector regression of each node", trained=False, baseline=BASELINES["svr"]),
     "head": Method("train the layers that make the forecast from the last hidden state", _head),
     "full": Method("train every parameter", _full),
     "lora": Method("train low-rank updates that all nodes share", _lora),
@@ -210,7 +216,7 @@ def _spec(backbone: nn.Module) -> BackboneSpec:
                 f"backbone '{type(backbone).__name__}' does not say which layers these methods train",
                 expected="a class attribute stlora_spec of type BackboneSpec",
                 got="none",
-                fix="add one to the class, or compare the methods zero-shot, persistence and full only",
+                fix="add one to the class, or compare zero-shot, full and the methods without a backbone only",
             )
         )
     return spec

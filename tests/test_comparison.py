@@ -1,4 +1,5 @@
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from small_city import small_city
 
 from stlora_peft import comparison
 from stlora_peft.backbones import build_backbone
+from stlora_peft.baselines import BASELINES
 from stlora_peft.comparison import Row, adaptation_data, adapter_bytes, compare
 from stlora_peft.data import CityData, Scaler
 from stlora_peft.evaluation import evaluate
@@ -62,7 +64,7 @@ def test_compare_trained_methods_take_a_rate_of_the_grid_and_validate_no_worse_t
 
 
 def test_compare_untrained_methods_store_and_train_nothing(rows: dict[str, Row], saved: SavedBackbone) -> None:
-    for name in ("zero-shot", "persistence"):
+    for name in ("zero-shot", "persistence", "ha", "var", "svr"):
         row = rows[name]
         assert (row["trainable_parameters"], row["adapter_bytes"], row["seconds"]) == (0, 0, 0.0)
         assert row["learning_rate"] is None
@@ -70,6 +72,28 @@ def test_compare_untrained_methods_store_and_train_nothing(rows: dict[str, Row],
     model = METHODS["zero-shot"].build(saved.backbone, data).model
     assert rows["zero-shot"]["mae"] == evaluate(model, data.test, data).mae
     assert rows["persistence"]["total_parameters"] == 0
+
+
+@pytest.mark.parametrize("name", ["ha", "var", "svr"])
+def test_compare_measures_a_baseline_that_is_fitted_on_the_given_days(
+    rows: dict[str, Row], saved: SavedBackbone, name: str
+) -> None:
+    data = adaptation_data(saved, CITY, 8)
+    baseline = BASELINES[name].fit(data)
+    truth = data.test.__getitems__(list(range(len(data.test))))["y"]
+    error = (baseline.forecast(data.test, torch.arange(len(data.test))) - truth).abs()
+    assert rows[name]["mae"] == pytest.approx(error[truth.isfinite()].mean().item(), rel=1e-5)
+    assert rows[name]["implementation"] == baseline.description
+    assert rows[name]["best_val_mae"] is None
+
+
+def test_compare_without_the_packages_of_a_baseline_raises_before_any_work(
+    saved: SavedBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match="SupportVectorRegression needs a package that is not installed"):
+        compare(saved, CITY, days=8, methods=["full", "svr"], options=OPTIONS, output_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_compare_is_repeatable_whatever_ran_before_and_seeds_differ(saved: SavedBackbone) -> None:

@@ -120,7 +120,7 @@ def test_find_methods_refuses(names: list[str], problem: str, got: str) -> None:
         find_methods(names)
     assert str(error.value).splitlines() == [
         f"{problem}.",
-        "  expected: names of zero-shot, persistence, head, full, lora, st-lora",
+        "  expected: names of zero-shot, persistence, ha, var, svr, head, full, lora, st-lora",
         f"  got:      {got}",
         "  to fix:   correct the list of methods",
     ]

@@ -33,8 +33,27 @@ PROJECT = PYPROJECT["project"]
 FLOOR = PROJECT["requires-python"].removeprefix(">=")
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", read("constraints.txt"), re.MULTILINE))
 
-HEAVY = ("torch_geometric_temporal", "pandas", "h5py", "matplotlib", "typer", "transformers.trainer")
-OPTIONAL = ("torch_geometric", "torch_geometric_temporal", "torch_sparse", "pandas", "h5py", "matplotlib")
+HEAVY = (
+    "torch_geometric_temporal",
+    "pandas",
+    "h5py",
+    "matplotlib",
+    "sklearn",
+    "statsmodels",
+    "typer",
+    "transformers.trainer",
+)
+OPTIONAL_EXTRAS = ("tgt", "readers", "figures", "baselines")
+OPTIONAL = (
+    "torch_geometric",
+    "torch_geometric_temporal",
+    "torch_sparse",
+    "pandas",
+    "h5py",
+    "matplotlib",
+    "sklearn",
+    "statsmodels",
+)
 DATA_SUFFIXES = set(".bin .csv .gz .h5 .hdf5 .npy .npz .parquet .pkl .pt .pth .safetensors .zip".split())
 PICKLERS = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 
@@ -238,8 +257,9 @@ def test_ruff_version_is_one_in_all_three_files() -> None:
 
 def test_package_imports_only_what_it_declares() -> None:
     extras = PROJECT["optional-dependencies"]
-    lines = PROJECT["dependencies"] + extras["tgt"] + extras["readers"] + extras["figures"]
+    lines = [*PROJECT["dependencies"], *(line for name in OPTIONAL_EXTRAS for line in extras[name])]
     declared = {re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in lines}
+    declared = {{"scikit_learn": "sklearn"}.get(name, name) for name in declared}
     apart = {"stlora_peft", "torch_geometric_temporal"}  # the latter is installed by a line of its own
     used = set().union(*(imported_packages(f.read_text(encoding="utf-8")) for f in sources()))
     assert used - set(sys.stdlib_module_names) - declared - apart == set()

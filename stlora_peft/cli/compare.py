@@ -35,7 +35,7 @@ def compare(
     days: Days = None,
     methods: Annotated[
         str,
-        typer.Option(metavar="LIST", help="Of zero-shot, persistence, head, full, lora, st-lora.", show_default="all"),
+        typer.Option(metavar="LIST", help="Of zero-shot, persistence, ha, var, svr, head, full, lora, st-lora."),
     ] = "zero-shot,persistence,head,full,lora,st-lora",
     seeds: Annotated[str, typer.Option(metavar="LIST", help="Each is a training of its own.")] = "0,1,2",
     learning_rates: Annotated[
