@@ -69,8 +69,9 @@ def draw_comparison(path: str | os.PathLike[str], rows: Sequence[Row], *, title:
     figure.suptitle(title, fontsize=13, fontweight="bold")
     for (left, right), days in zip(axes, groups, strict=True):
         chosen = [summary for summary in summaries if summary.days == days]
-        _draw_methods(left, chosen, [row for row in rows if row["days"] == days])
-        _draw_sizes(right, chosen)
+        shown = _within_scale(chosen)
+        _draw_methods(left, chosen, [row for row in rows if row["days"] == days], shown)
+        _draw_sizes(right, shown)
         left.set_ylabel(f"test MAE, {quantity or 'units of the readings'}")
         several = any(len(summary.seeds) > 1 for summary in chosen)
         seeds = "a dot for each seed, bars: mean ± std" if several else "one seed"
@@ -80,10 +81,21 @@ def draw_comparison(path: str | os.PathLike[str], rows: Sequence[Row], *, title:
     _save(figure, path)
 
 
-def _draw_methods(axes: Axes, summaries: Sequence[Summary], rows: Sequence[Row]) -> None:
-    """One column for each method: its seeds and their mean."""
+def _within_scale(summaries: Sequence[Summary]) -> list[Summary]:
+    """Methods whose errors one scale can show: an untrained one may be several times worse than the trained."""
+    trained = [summary.mae.mean for summary in summaries if summary.trainable_parameters and summary.mae.mean]
+    limit = 2 * max(trained, default=float("inf"))
+    return [summary for summary in summaries if summary.mae.mean is None or summary.mae.mean <= limit]
+
+
+def _draw_methods(axes: Axes, summaries: Sequence[Summary], rows: Sequence[Row], shown: Sequence[Summary]) -> None:
+    """One column for each method: its seeds and their mean, or only the number where it is off the scale."""
     for place, summary in enumerate(summaries):
         colour, mean = COLOURS.get(summary.method, OTHER_COLOUR), summary.mae.mean
+        if summary not in shown:
+            text, edge = f"{mean:.3f}\n↑ off the scale", axes.get_xaxis_transform()
+            axes.annotate(text, (place, 0.98), xycoords=edge, ha="center", va="top", fontsize=9, color=colour)
+            continue
         mine = [row["mae"] for row in rows if row["method"] == summary.method and row["seed"] in summary.seeds]
         seeds = [mae for mae in mine if mae is not None]
         spread = np.linspace(-0.12, 0.12, len(seeds)) if len(seeds) > 1 else np.zeros(len(seeds))
@@ -101,11 +113,12 @@ def _draw_sizes(axes: Axes, summaries: Sequence[Summary]) -> None:
     """One point for each trained method; what trains nothing is a line across."""
     axes.set_xscale("log")
     known = [(summary, summary.mae.mean) for summary in summaries if summary.mae.mean is not None]
-    for summary, mae in known:
-        if summary.trainable_parameters:
-            colour, place = COLOURS.get(summary.method, OTHER_COLOUR), (summary.trainable_parameters, mae)
-            axes.errorbar(*place, yerr=summary.mae.std, color=colour, marker="o", capsize=4)
-            axes.annotate(summary.method, place, (8, 5), textcoords="offset points", color=colour, fontweight="bold")
+    trained = sorted((pair for pair in known if pair[0].trainable_parameters), key=lambda pair: -pair[1])
+    for number, (summary, mae) in enumerate(trained):
+        colour, place = COLOURS.get(summary.method, OTHER_COLOUR), (summary.trainable_parameters, mae)
+        axes.errorbar(*place, yerr=summary.mae.std, color=colour, marker="o", capsize=4)
+        offset = (8, -14 if number == len(trained) - 1 else 5)  # the lowest stays clear of its neighbour's name
+        axes.annotate(summary.method, place, offset, textcoords="offset points", color=colour, fontweight="bold")
     _draw_untrained(axes, [(summary.method, mae) for summary, mae in known if not summary.trainable_parameters])
     _write_counts(axes)
     axes.set_xlabel("trained parameters (log scale)")

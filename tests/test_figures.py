@@ -49,6 +49,15 @@ def test_draw_comparison_shows_seeds_means_and_sizes(tmp_path: Path, drawn: list
     assert texts(right) == ["head", "zero-shot (trains nothing)"]
 
 
+def test_draw_comparison_writes_an_error_that_is_off_the_scale(tmp_path: Path, drawn: list[Any]) -> None:
+    rows = [row("zero-shot", 9.0, trained=0), row("full", 1.0), row("st-lora", 0.9)]
+    draw_comparison(tmp_path / "results.png", rows, title="A to B", quantity="")
+    left, right = drawn[0].axes
+    assert texts(left) == ["9.000\n↑ off the scale", "1.000", "0.900"]
+    assert left.get_ylim()[1] < 2
+    assert texts(right) == ["full", "st-lora"]
+
+
 def test_draw_comparison_gives_each_number_of_days_its_panels(tmp_path: Path, drawn: list[Any]) -> None:
     rows = [row("full", 1.0, days=3), row("full", 2.0, days=None), row("head", None, days=None)]
     draw_comparison(tmp_path / "results.png", rows, title="A to B", quantity="")
