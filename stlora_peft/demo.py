@@ -176,7 +176,7 @@ def compare_methods(places: Places, settings: DemoSettings, saved: SavedBackbone
         saved,
         city,
         days=settings.days,
-        methods=list(METHODS),
+        methods=[name for name, method in METHODS.items() if method.baseline is None],
         seeds=[settings.adaptation.seed],
         learning_rates=[settings.adaptation.learning_rate],
         options=settings.adaptation,

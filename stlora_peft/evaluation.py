@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from stlora_peft.data import CityData, Windows
+from stlora_peft.data.windows import last_reading
 from stlora_peft.errors import message
 from stlora_peft.metrics import ErrorSums, Metrics
 
@@ -118,9 +119,7 @@ def persistence_batches(
         - **forecast**, **truth:** ``[b t n c]`` with the horizon on ``t``
     """
     values = windows.targets
-    measured = torch.isfinite(values)
-    clock = torch.arange(len(values))[:, None, None]
-    latest = torch.where(measured, clock, -1).cummax(dim=0).values  # step of the last reading up to each step
+    latest = last_reading(values)
     mean = torch.as_tensor(data.scaler.mean, dtype=values.dtype)
     for rows in torch.arange(len(windows)).split(batch_size):
         starts = windows.starts[rows]

@@ -23,6 +23,9 @@ Values = npt.NDArray[np.floating[Any]]
 COLOURS = {
     "zero-shot": "#7f7f7f",
     "persistence": "#b0a080",
+    "ha": "#bdbdbd",
+    "var": "#9ebcda",
+    "svr": "#8c96c6",
     "head": "#56b4e9",
     "full": "#e69f00",
     "lora": "#009e73",
@@ -77,7 +80,7 @@ def draw_comparison(path: str | os.PathLike[str], rows: Sequence[Row], *, title:
         seeds = "a dot for each seed, bars: mean ± std" if several else "one seed"
         left.set_title(f"{days_name(days)}; {seeds}", fontsize=10.5)
         right.margins(y=0.18)  # the axis is shared
-        right.set_title("the same, by the size of what was trained", fontsize=10.5)
+        right.set_title("the same, by the size of what was trained (dashed: nothing)", fontsize=10.5)
     _save(figure, path)
 
 
@@ -105,6 +108,7 @@ def _draw_methods(axes: Axes, summaries: Sequence[Summary], rows: Sequence[Row],
             top = (place, max(mean + (summary.mae.std or 0), *seeds))
             axes.annotate(f"{mean:.3f}", top, (0, 7), textcoords="offset points", ha="center", fontsize=9)
     axes.set_xticks(range(len(summaries)), [summary.method for summary in summaries])
+    axes.tick_params(axis="x", labelsize=8.5 if len(summaries) > 7 else 10)
     axes.set_xlim(-0.6, len(summaries) - 0.4)
     axes.margins(y=0.18)
 
@@ -135,7 +139,7 @@ def _draw_untrained(axes: Axes, methods: Sequence[tuple[str, float]]) -> None:
         colour, left = COLOURS.get(name, OTHER_COLOUR), number % 2 == 0
         axes.axhline(mae, color=colour, linestyle="--", linewidth=1)
         axes.annotate(
-            f"{name} (trains nothing)",
+            name,
             (0.01 if left else 0.99, mae),
             (0, 3),
             xycoords=axes.get_yaxis_transform(),

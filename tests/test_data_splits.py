@@ -149,11 +149,25 @@ def test_prepare_inputs_and_targets_match_loop():
             clock = 2 * np.pi * ((start + step) % 24) / 24
             day = 2 * np.pi * ((start + step) // 24 % 7) / 7
             for node in range(3):
-                reading = float(values[start + step, node])
-                scaled = 0.0 if np.isnan(reading) else (reading - mean) / std
+                before = values[max(0, start + step - 5) : start + step + 1, node]  # as many as a window has
+                readings = before[~np.isnan(before)]
+                scaled = (readings[-1] - mean) / std if len(readings) else 0.0
                 expected = [scaled, np.sin(clock), np.cos(clock), np.sin(day), np.cos(day)]
                 np.testing.assert_allclose(batch["x"][row, step, node], expected, atol=2e-6)
         np.testing.assert_array_equal(batch["y"][row, ..., 0], values[start + 6 : start + 10])
+
+
+def test_prepare_missing_inputs_take_the_last_reading_of_a_window_back_and_then_the_mean():
+    values = np.arange(480, dtype=np.float32)[:, None].repeat(3, 1)
+    values[:4, 0] = np.nan  # nothing before
+    values[100:109, 1] = np.nan  # longer than a window of 6
+    data = prepared(values, time_features="none")
+    read = data.scaler.inverse(data.train.series)[..., 0].numpy()
+    mean = data.scaler.mean[0]
+    np.testing.assert_allclose(read[:6, 0], [mean] * 4 + [4, 5], rtol=1e-5)
+    np.testing.assert_allclose(read[98:111, 1], [98, 99] + [99] * 5 + [mean] * 4 + [109, 110], rtol=1e-5)
+    np.testing.assert_allclose(read[:, 2], values[:, 2], rtol=1e-4, atol=1e-4)
+    assert data.train.targets[100:109, 1, 0].isnan().all()
 
 
 def test_prepare_parts_share_one_series():

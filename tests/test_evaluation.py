@@ -26,8 +26,9 @@ def test_evaluate_matches_loop_over_the_original_readings(data: CityData) -> Non
     values, mean = np.asarray(data.city.values, dtype=np.float64), data.scaler.mean[0]
     forecast, truth = [], []
     for start in data.test.starts.tolist():
-        last = values[start + 11]
-        forecast.append(np.repeat(np.where(np.isnan(last), mean, last)[None], 12, axis=0))
+        window = values[start : start + 12, :, 0].T
+        last = [row[~np.isnan(row)][-1] if (~np.isnan(row)).any() else mean for row in window]
+        forecast.append(np.repeat(np.array(last)[None, :, None], 12, axis=0))
         truth.append(values[start + 12 : start + 24])
     metrics = evaluate(Echo(), data.test, data, batch_size=7)
     expected = loop(np.stack(forecast), np.stack(truth))

@@ -46,7 +46,7 @@ def test_draw_comparison_shows_seeds_means_and_sizes(tmp_path: Path, drawn: list
     assert texts(left) == ["3.000", "1.500"]
     assert right.get_xscale() == "log"
     assert right.get_xlabel() == "trained parameters (log scale)"
-    assert texts(right) == ["head", "zero-shot (trains nothing)"]
+    assert texts(right) == ["head", "zero-shot"]
 
 
 def test_draw_comparison_writes_an_error_that_is_off_the_scale(tmp_path: Path, drawn: list[Any]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
-METHODS = "zero-shot,persistence,head,full,lora,st-lora"
+METHODS = "zero-shot,persistence,ha,var,svr,head,full,lora,st-lora"
 
 
 def stlora(*arguments: str | Path) -> None:

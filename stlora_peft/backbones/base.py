@@ -28,8 +28,7 @@ class Forecaster(nn.Module):
         in_channels: Channels of the input. The first ``out_channels`` of them are the scaled values themselves,
             the others (time of day, day of week) only inform.
         out_channels: Channels of the forecast.
-        residual: Forecast the change since the last step of the window instead of the value itself. A reading that
-            is missing there counts as zero, the mean of the scaled values.
+        residual: Forecast the change since the last step of the window instead of the value itself.
 
     Attributes:
         name: Name under which :func:`stlora_peft.backbones.build_backbone` knows the class.

@@ -99,14 +99,13 @@ def forecast_from(loaded: Loaded, step: int) -> torch.Tensor:
     """
     import torch
 
-    from stlora_peft.data import Scaler, time_encoding
+    from stlora_peft.data import Scaler
+    from stlora_peft.data.splits import input_series
 
     city, window = loaded.city, loaded.saved.backbone.window
     scaler = loaded.scaler or Scaler.fit(city.values[: step + 1])
-    clock = time_encoding(city.num_steps, city.interval_minutes, city.start, loaded.saved.time_features)
-    seen = slice(step + 1 - window, step + 1)
-    readings = scaler.transform(torch.from_numpy(city.values[seen])).nan_to_num(nan=0.0)
-    x = torch.cat([readings, clock[seen, None].expand(-1, city.num_nodes, -1)], dim=2)[None]  # [b t n c]
+    series = input_series(city, scaler, window, loaded.saved.time_features)
+    x = series[step + 1 - window : step + 1][None]  # [b t n c]
     model = loaded.adapted or loaded.alone()
     with torch.no_grad():
         scaled = model(x, torch.from_numpy(city.edge_index), torch.from_numpy(city.edge_weight))

@@ -9,7 +9,7 @@ import torch
 
 from stlora_peft.data.city import City
 from stlora_peft.data.scaling import Scaler
-from stlora_peft.data.windows import TimeFeatures, Windows, check_lengths, time_encoding
+from stlora_peft.data.windows import TimeFeatures, Windows, carry_forward, check_lengths, time_encoding
 from stlora_peft.errors import message
 
 TEST_SHARE = 0.2
@@ -158,6 +158,27 @@ class CityData:
     time_features: TimeFeatures
 
 
+def input_series(city: City, scaler: Scaler, window: int, time_features: TimeFeatures) -> torch.Tensor:
+    """Make what a model reads of a city: the scaled readings, and then the encodings of :func:`time_encoding`.
+
+    Where a reading is missing, the last one of at most ``window - 1`` steps before stands in for it, and where there
+    is none 0, the mean. Nothing later than a step is in it.
+
+    Args:
+        city: The city.
+        scaler: Scaler of the readings.
+        window: Input steps of the model.
+        time_features: ``"none"``, ``"day"`` or ``"week"``.
+
+    Shapes:
+        - **output:** :math:`(T, N, C_{in})`
+    """
+    readings = carry_forward(torch.from_numpy(city.values), window - 1)
+    clock = time_encoding(city.num_steps, city.interval_minutes, city.start, time_features)
+    scaled = scaler.transform(readings).nan_to_num(nan=0.0)
+    return torch.cat([scaled, clock[:, None].expand(-1, city.num_nodes, -1)], dim=2)
+
+
 def prepare(
     city: City,
     split: Split,
@@ -168,8 +189,8 @@ def prepare(
 ) -> CityData:
     """Scale a city's readings, add time encodings and cut them into windows.
 
-    The three sets of windows share one series. Inputs hold the scaled readings (0, the mean, where one is missing)
-    and then the encodings of :func:`time_encoding`; targets stay in the city's unit, NaN where missing.
+    The three sets of windows share one series, that of :func:`input_series`. Targets stay in the city's unit, NaN
+    where missing.
 
     Args:
         city: The city.
@@ -197,9 +218,7 @@ def prepare(
     _check_split(city, split)
     scaler = scaler or Scaler.fit(city.values[split.given.start : split.given.stop])
     targets = torch.from_numpy(city.values)
-    scaled = scaler.transform(targets).nan_to_num(nan=0.0)
-    clock = time_encoding(city.num_steps, city.interval_minutes, city.start, time_features)
-    series = torch.cat([scaled, clock[:, None].expand(-1, city.num_nodes, -1)], dim=2)
+    series = input_series(city, scaler, window, time_features)
     first = {"train": split.train.start, "val": split.val.start - window, "test": split.test.start - window}
     starts = {
         name: _starts(city.name, name, getattr(split, name), first[name], window, horizon)

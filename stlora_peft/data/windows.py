@@ -27,7 +27,7 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
     No window is stored: a single one is a view of the series, a batch is gathered when it is asked for.
 
     Args:
-        series: What a model reads: scaled values with 0 where a reading is missing, then time encodings.
+        series: What a model reads: scaled values without gaps, then time encodings.
         targets: What it is to forecast, in the city's unit, NaN where missing.
         starts: First step of each window.
         window: Input steps :math:`W`.
@@ -113,6 +113,43 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
             - **output:** ``[b t n c]``
         """
         return self.series[starts[:, None] + torch.arange(self.window)]
+
+
+def last_reading(values: torch.Tensor) -> torch.Tensor:
+    """Step of the last reading up to each step, -1 where there is none yet.
+
+    Args:
+        values: Readings, NaN where missing.
+
+    Shapes:
+        - **values**, **output:** :math:`(T, N, C)`
+
+    Example:
+        >>> last_reading(torch.tensor([float("nan"), 5.0, float("nan")])[:, None, None]).flatten()
+        tensor([-1,  1,  1])
+    """
+    clock = torch.arange(len(values), device=values.device)[:, None, None]
+    return torch.where(torch.isfinite(values), clock, -1).cummax(dim=0).values
+
+
+def carry_forward(values: torch.Tensor, steps: int) -> torch.Tensor:
+    """Put the last reading of at most ``steps`` steps before where one is missing; longer gaps stay NaN.
+
+    Args:
+        values: Readings, NaN where missing.
+        steps: How old a reading may be.
+
+    Shapes:
+        - **values**, **output:** :math:`(T, N, C)`
+
+    Example:
+        >>> carry_forward(torch.tensor([5.0, float("nan"), float("nan")])[:, None, None], 1).flatten()
+        tensor([5., 5., nan])
+    """
+    latest = last_reading(values)
+    age = torch.arange(len(values), device=values.device)[:, None, None] - latest
+    carried = values.gather(0, latest.clamp(min=0))
+    return torch.where((latest >= 0) & (age <= steps), carried, torch.nan)
 
 
 def check_lengths(window: int, horizon: int) -> None:
