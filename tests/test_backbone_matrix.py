@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from toys import (
-    BACKBONES,
+    ALL_BACKBONES,
     CONDITIONINGS,
     assert_same,
     call,
@@ -22,8 +22,11 @@ from toys import (
 
 from stlora_peft import STLoraConfig, rebuild
 
-MATRIX = [(name, conditioning) for name in BACKBONES for conditioning in CONDITIONINGS]
+MATRIX = [(name, conditioning) for name in ALL_BACKBONES for conditioning in CONDITIONINGS]
 N = 7  # the backbones were built for 5
+NEVER_USED = {"a3tgcn": ("conv_r", "linear_r"), "a3tgcn2": ("conv_r", "linear_r")}  # upstream hands on no state
+IN_NODE_ORDER = {"aagcn": "its attention convolves along the numbers of the nodes"}
+WITHOUT_EDGES = ("agcrn", "gman", "mtgnn")  # they learn who hears whom
 
 
 @pytest.fixture(params=MATRIX, ids="-".join)
@@ -82,9 +85,9 @@ def test_disabled_adapter_equals_backbone_bitwise(case):
 
 def train(model: nn.Module, steps: int = 12) -> tuple[list[float], set[str]]:
     """Losses of a few steps towards a target that differs from node to node, and names that ever had a gradient."""
-    target = call(model.eval(), N).detach() + torch.linspace(-1, 1, N)[None, None, :, None]
+    target = call(model.eval(), N).detach() + torch.linspace(-0.5, 1.5, N)[None, None, :, None]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=0.02)
+    optimizer = torch.optim.Adam(parameters, lr=0.005)
     losses, reached = [], set()
     model.train()
     for _ in range(steps):
@@ -133,7 +136,8 @@ def test_backbone_trains_too_where_asked(case):
         for name, parameter in model.named_parameters()
         if parameter.is_floating_point() and not any(part in name for part in bound)
     }
-    inert = {name for name in expected if "gate_map" in name or "bias_map" in name or "nall_emb" in name}
+    parts = ("gate_map", "bias_map", "nall_emb", *NEVER_USED.get(backbone.name, ()))
+    inert = {name for name in expected if any(part in name for part in parts)}
     assert expected - inert <= reached
 
 
@@ -201,20 +205,27 @@ ORDER = torch.tensor([3, 0, 6, 1, 5, 2, 4])
 
 def permute_rows(model: nn.Module) -> None:
     """Bring everything that belongs to a node into the new order."""
+    full = model.peft_config["default"].conditioning == "full"
+    own = ("emb", "core", "node_bias", "gate") + (("A",) if full else ())
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             if "nall_" not in name or value.ndim == 0 or "base_layer" in name:
                 continue
-            full = model.peft_config["default"].conditioning == "full"
             factor = name.split("nall_")[1].replace("predictor.default.", "")
-            own = ("node_bound", "emb", "core", "node_bias", "gate") + (("A",) if full else ())
-            if factor.startswith(own) and "_map" not in factor:
+            if factor.startswith("node_bound"):
+                for axis in (axis for axis, size in enumerate(value.shape) if size == N):
+                    value.copy_(value.index_select(axis, ORDER))
+            elif factor.startswith(own) and "_map" not in factor:
                 assert value.shape[0] == N, name
                 value.copy_(value[ORDER].clone())
 
 
 def test_permuting_nodes_edges_and_rows_permutes_the_forecast(case):
     backbone, conditioning = case
+    if backbone.name in IN_NODE_ORDER:
+        pytest.skip(IN_NODE_ORDER[backbone.name])
+    if "exact_diffusion" in backbone.hyperparameters:  # upstream's norms depend on the order of the edges
+        backbone = small_backbone(backbone.name, exact_diffusion=True).eval().requires_grad_(False)
     backbone = copy.deepcopy(backbone).double()
     model = randomised(city_model(backbone, conditioning)).eval()
     with torch.no_grad():
@@ -231,15 +242,61 @@ def test_permuting_nodes_edges_and_rows_permutes_the_forecast(case):
         assert (only_nodes - out).abs().max() > 1e-3
     permute_rows(model)
     assert_same(model(x[:, :, ORDER], moved, edge_weight), out)
-    if bound:  # the graph matters: nodes and rows without the edges are another city
+    if backbone.name != "lstm" and backbone.name not in WITHOUT_EDGES:  # nodes and rows alone are another city
         assert (model(x[:, :, ORDER], edge_index, edge_weight) - out).abs().max() > 1e-3
 
 
 def test_wrong_city_is_refused_by_name(case):
     backbone, conditioning = case
     model = city_model(backbone, conditioning)
-    if conditioning == "shared" and backbone.name == "lstm":
-        assert call(model, N + 1).shape == (2, 4, N + 1, 1)  # plain LoRA without a graph fits every city
+    if conditioning == "shared" and not model.peft_config["default"].node_bound:
+        assert call(model, N + 1).shape == (2, 4, N + 1, 1)  # plain LoRA on what no node is bound to fits every city
         return
     with pytest.raises(ValueError, match="wrong number of nodes"):
         call(model, N + 1)
+
+
+# -- files --------------------------------------------------------------------------------------------------
+
+
+def test_saved_adapter_loads_into_the_pristine_backbone_bitwise(case, tmp_path):
+    backbone, conditioning = case
+    model = city_model(backbone, conditioning, init_weights=False)
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if "nall_node_bound" in name and value.is_floating_point():
+                value.add_(torch.rand_like(value))
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(pristine(backbone), tmp_path).eval()
+    with torch.no_grad():
+        expected = call(model, N)
+        assert expected.isfinite().all()
+        assert torch.equal(call(loaded, N), expected)
+
+
+# -- several adapters ---------------------------------------------------------------------------------------
+
+
+def test_two_cities_are_switched_and_one_is_deleted(case):
+    backbone, conditioning = case
+    model = randomised(city_model(backbone, conditioning))
+    model.add_adapter("other", STLoraConfig(num_nodes=N - 1, conditioning=conditioning, init_weights=False))
+    model.eval()
+    first = call(model, N)
+    model.set_adapter("other")
+    other = call(model, N - 1)
+    alone = get_peft_model(pristine(backbone), model.peft_config["other"]).eval()
+    alone.load_state_dict(
+        {
+            name.replace(".other", ".default"): value
+            for name, value in model.state_dict().items()
+            if ".default" not in name
+        },
+        strict=False,
+    )
+    assert torch.equal(call(alone, N - 1), other)
+    model.set_adapter("default")
+    assert torch.equal(call(model, N), first)
+    model.delete_adapter("other")
+    assert torch.equal(call(model, N), first)
+    assert not any(".other" in name for name in model.state_dict())

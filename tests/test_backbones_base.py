@@ -5,21 +5,18 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from typing import Any
 
 import pytest
 import torch
+import toys
 from torch import Tensor
 
 import stlora_peft.backbones as backbones
-from stlora_peft.backbones import BACKBONES, Forecaster, backbone_class, build_backbone
+from stlora_peft.backbones import BACKBONES, Forecaster, attention, backbone_class, build_backbone, recurrent
 
-SIZES: dict[str, dict[str, Any]] = {
-    "lstm": {"in_channels": 3, "window": 12, "horizon": 3, "hidden_size": 4},
-    "stgcn": {"num_nodes": 5, "in_channels": 3, "window": 12, "horizon": 3, "hidden_channels": 4, "head_channels": 6},
-}
+SIZES = {name: {"in_channels": 3, "window": 12, "horizon": 3} | sizes for name, sizes in toys.SIZES.items()}
 RING = torch.stack([torch.arange(5), torch.arange(1, 6) % 5])
-both = pytest.mark.parametrize("name", BACKBONES)
+every = pytest.mark.parametrize("name", BACKBONES)
 
 
 class Counter(Forecaster):
@@ -34,14 +31,14 @@ class Counter(Forecaster):
 
 
 def test_backbones_lists_every_name_that_builds() -> None:
-    assert BACKBONES == ("lstm", "stgcn")
+    assert set(BACKBONES) == {"lstm", "stgcn", "heterogclstm", *recurrent.CLASSES, *attention.CLASSES}
     assert [backbone_class(name).name for name in BACKBONES] == list(BACKBONES)
 
 
 def test_build_backbone_unknown_name_lists_the_known_ones() -> None:
     expected = (
         "backbone 'gwnet' is unknown.\n"
-        "  expected: one of lstm, stgcn\n"
+        f"  expected: one of {', '.join(BACKBONES)}\n"
         "  got:      'gwnet'\n"
         "  to fix:   take a name of the list, or hand your own nn.Module to get_peft_model directly"
     )
@@ -54,7 +51,7 @@ def test_package_unknown_attribute_raises() -> None:
         _ = backbones.GraphWaveNet
 
 
-@both
+@every
 def test_hyperparameters_after_json_rebuild_the_same_network(name: str) -> None:
     model = build_backbone(name, **SIZES[name], out_channels=2, residual=False).eval()
     copy = build_backbone(model.name, **json.loads(json.dumps(model.hyperparameters))).eval()
@@ -64,7 +61,7 @@ def test_hyperparameters_after_json_rebuild_the_same_network(name: str) -> None:
     assert torch.equal(copy(x, RING), model(x, RING))
 
 
-@both
+@every
 def test_hyperparameters_hold_every_argument_of_the_class(name: str) -> None:
     arguments = inspect.signature(backbone_class(name)).parameters
     assert set(build_backbone(name, **SIZES[name]).hyperparameters) == set(arguments)
@@ -114,7 +111,7 @@ def test_build_backbone_size_below_one_is_refused(name: str, key: str) -> None:
         build_backbone(name, **{**SIZES[name], key: 0})
 
 
-@both
+@every
 def test_forward_wrong_number_of_axes_shows_the_shape(name: str) -> None:
     expected = (
         f"backbone '{name}': wrong number of axes.\n"
@@ -126,7 +123,7 @@ def test_forward_wrong_number_of_axes_shows_the_shape(name: str) -> None:
         build_backbone(name, **SIZES[name])(torch.zeros(12, 5, 3), RING)
 
 
-@both
+@every
 def test_forward_wrong_window_names_axis_and_fix(name: str) -> None:
     expected = (
         f"backbone '{name}': wrong number of input steps.\n"
@@ -138,7 +135,7 @@ def test_forward_wrong_window_names_axis_and_fix(name: str) -> None:
         build_backbone(name, **SIZES[name])(torch.zeros(2, 11, 5, 3), RING)
 
 
-@both
+@every
 def test_forward_wrong_channels_names_axis_and_fix(name: str) -> None:
     expected = (
         f"backbone '{name}': wrong number of channels.\n"
@@ -150,7 +147,7 @@ def test_forward_wrong_channels_names_axis_and_fix(name: str) -> None:
         build_backbone(name, **SIZES[name])(torch.zeros(2, 12, 5, 4), RING)
 
 
-@both
+@every
 def test_stlora_spec_names_layers_that_exist_and_gives_each_target_a_layout(name: str) -> None:
     model = build_backbone(name, **SIZES[name])
     names = [module for module, _ in model.named_modules()]

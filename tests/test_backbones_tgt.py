@@ -87,7 +87,8 @@ def scenario() -> Any:
 def text(got: str, fix: str) -> str:
     return (
         "torch-geometric-temporal cannot be imported.\n"
-        "  expected: torch-geometric and torch-geometric-temporal 0.56.2, which the backbone 'stgcn' is built from\n"
+        "  expected: torch-geometric and torch-geometric-temporal 0.56.2, "
+        "which every backbone but 'lstm' is built from\n"
         f"  got:      {got}\n"
         f"  to fix:   {fix}"
     )

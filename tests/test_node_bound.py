@@ -81,10 +81,24 @@ def test_bound_size_of_another_module_raises():
     assert bound_size(nn.Embedding(4, 2), "table") == 4
     assert raised(lambda: bound_size(nn.LayerNorm(4), "block.norm")) == {
         "where": "node-bound module 'block.norm' cannot be rebuilt for another city",
-        "expected": "nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d or nn.Embedding",
+        "expected": "nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Embedding, or a module with num_nodes and "
+        "resized(num_nodes)",
         "got": "LayerNorm",
         "fix": "leave it out of node_bound, or train it whole with modules_to_save if the number of nodes stays",
     }
+
+
+def test_module_says_itself_what_it_becomes_in_another_city():
+    class Table(nn.Module):
+        def __init__(self, num_nodes: int) -> None:
+            super().__init__()
+            self.num_nodes, self.rows = num_nodes, nn.Parameter(torch.ones(num_nodes))
+
+        def resized(self, num_nodes: int) -> nn.Module:
+            return Table(num_nodes)
+
+    assert bound_size(Table(3), "table") == 3
+    assert resize(Table(3), 5, "table").rows.shape == (5,)
 
 
 # -- rebuild ------------------------------------------------------------------------------------------------

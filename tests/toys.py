@@ -12,12 +12,26 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from stlora_peft import STLoraConfig
+from stlora_peft.backbones import BACKBONES as ALL_BACKBONES
 from stlora_peft.backbones import build_backbone
 
 torch.set_num_threads(1)  # ten times faster on tensors as small as these
 
 CONDITIONINGS = ("gate", "core", "full", "embedding", "shared")
 BACKBONES = ("lstm", "stgcn")
+NODES = {"num_nodes": 5}
+NARROW = {"hidden_channels": 4}
+SIZES: dict[str, dict[str, Any]] = dict.fromkeys(ALL_BACKBONES, NARROW) | {
+    "lstm": {"hidden_size": 6},
+    "stgcn": NODES | NARROW | {"head_channels": 6},
+    "agcrn": NODES | NARROW | {"emb_size": 3},
+    "aagcn": NODES | {"hidden_channels": 8},
+    "astgcn": NODES | NARROW,
+    "dnntsp": NODES | NARROW | {"heads": 2},
+    "gman": NODES | {"heads": 2, "head_size": 8, "steps_per_day": 24},
+    "mtgnn": NODES | NARROW | {"skip_channels": 3, "end_channels": 6, "num_layers": 2, "neighbours": 3, "emb_size": 4},
+}
+"""Sizes of a narrow network of each class, beside those that all have."""
 
 
 class Holder(nn.Module):
@@ -79,15 +93,13 @@ def graph(num_nodes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def small_backbone(name: str, num_nodes: int = 5, seed: int = 0, **options: Any) -> nn.Module:
     """A narrow backbone of the package in float32, its normalisation statistics those of a used network."""
     torch.manual_seed(seed)
-    sizes: dict[str, Any] = {"in_channels": 3, "window": 9, "horizon": 4} | options
-    if name == "stgcn":
-        sizes = {"num_nodes": num_nodes, "hidden_channels": 4, "head_channels": 6} | sizes
-    else:
-        sizes = {"hidden_size": 6} | sizes
-    backbone = build_backbone(name, **sizes)
+    sizes: dict[str, Any] = {"in_channels": 3, "window": 9, "horizon": 4} | SIZES[name]
+    if "num_nodes" in sizes:
+        sizes["num_nodes"] = num_nodes
+    backbone = build_backbone(name, **(sizes | options))
     with torch.no_grad():
         for module in backbone.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 for value in (module.weight, module.bias, module.running_mean, module.running_var):
                     value.add_(torch.rand_like(value))
     return backbone

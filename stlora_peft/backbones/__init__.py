@@ -1,6 +1,6 @@
 """Forecasters with one signature, built from torch and torch-geometric-temporal layers.
 
-``STGCN`` needs torch-geometric-temporal and is imported when it is first asked for.
+All but ``lstm`` need torch-geometric-temporal and are imported when they are first asked for.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from stlora_peft.backbones import attention, recurrent
 from stlora_peft.backbones.base import Forecaster
 from stlora_peft.backbones.lstm import LSTMForecaster
 from stlora_peft.errors import message
@@ -15,7 +16,13 @@ from stlora_peft.errors import message
 if TYPE_CHECKING:
     from stlora_peft.backbones.stgcn import STGCN
 
-_CLASSES = {"lstm": "LSTMForecaster", "stgcn": "STGCN"}
+_CLASSES = {
+    "lstm": ("lstm", "LSTMForecaster"),
+    "stgcn": ("stgcn", "STGCN"),
+    "heterogclstm": ("hetero", "HeteroGCLSTM"),
+    **{name: (f"recurrent.{file}", found) for name, (file, found) in recurrent.CLASSES.items()},
+    **{name: (f"attention.{file}", found) for name, (file, found) in attention.CLASSES.items()},
+}
 
 BACKBONES = tuple(sorted(_CLASSES))
 """Names that :func:`build_backbone` knows."""
@@ -46,8 +53,8 @@ def backbone_class(name: str) -> type[Forecaster]:
                 fix="take a name of the list, or hand your own nn.Module to get_peft_model directly",
             )
         )
-    module = importlib.import_module(f"{__name__}.{name}")
-    found: type[Forecaster] = getattr(module, _CLASSES[name])
+    file, attribute = _CLASSES[name]
+    found: type[Forecaster] = getattr(importlib.import_module(f"{__name__}.{file}"), attribute)
     return found
 
 

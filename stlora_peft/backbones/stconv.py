@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from stlora_peft.backbones import tgt
+from stlora_peft.backbones.graphs import check_graph
 from stlora_peft.backbones.propagation import DENSE_ON_ACCELERATOR, Propagation, PropagationCache
-from stlora_peft.errors import message
 
 if TYPE_CHECKING:  # neither package ships types: this is the part of them that is used here
 
@@ -164,7 +164,7 @@ class CachedChebConv(_ChebConv):
         dtype: torch.dtype,
     ) -> Propagation:
         """Normalise the graph as PyG does and make the matrix, in single precision at least."""
-        _check_graph(edge_index, edge_weight, num_nodes)
+        check_graph(edge_index, edge_weight, num_nodes)
         dtype = torch.promote_types(dtype, torch.float32)
         if edge_weight is not None:
             edge_weight = edge_weight.to(torch.promote_types(edge_weight.dtype, torch.float32))
@@ -238,30 +238,3 @@ class STConv(_UpstreamSTConv):
 def _channel_major(x: Tensor) -> Tensor:
     """The same tensor ``[b t n c]`` with memory in the order ``b c n t``: one copy for three convolutions."""
     return x.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
-
-
-def _check_graph(edge_index: Tensor, edge_weight: Tensor | None, num_nodes: int) -> None:
-    """Refuse edges that do not fit the nodes."""
-    if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.is_floating_point():
-        _refuse_graph(
-            "edge_index of shape (2, E), integer node numbers",
-            f"shape {tuple(edge_index.shape)}, {edge_index.dtype}",
-            "put the sources in the first row and the targets in the second",
-        )
-    if edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < num_nodes:
-        _refuse_graph(
-            f"node numbers from 0 to {num_nodes - 1}, for N={num_nodes} on axis 'n' of '... n c'",
-            f"numbers from {int(edge_index.min())} to {int(edge_index.max())}",
-            "give the graph of the city that x belongs to",
-        )
-    if edge_weight is not None and edge_weight.shape != edge_index.shape[1:]:
-        _refuse_graph(
-            f"edge_weight of shape ({edge_index.shape[1]},), one for each edge",
-            f"shape {tuple(edge_weight.shape)}",
-            "give one weight for each column of edge_index, or none at all",
-        )
-
-
-def _refuse_graph(expected: str, got: str, fix: str) -> None:
-    """Raise the error of an unfit graph."""
-    raise ValueError(message("graph convolution: the graph does not fit", expected=expected, got=got, fix=fix))

@@ -28,7 +28,10 @@ def pretrain(
     training: Training,
     output: Output,
     backbone: Annotated[
-        str, typer.Option(metavar="NAME", help="Network: stgcn or lstm.", rich_help_panel=_BACKBONE)
+        str,
+        typer.Option(
+            metavar="NAME", help="Network: stgcn, lstm, agcrn, ...; a wrong name lists all.", rich_help_panel=_BACKBONE
+        ),
     ] = "stgcn",
     width: Annotated[
         int | None,
@@ -122,6 +125,8 @@ def new_backbone(name: str, data: CityData, width: int | None, seed: int) -> For
         "out_channels": data.city.num_channels,
         "window": data.train.window,
         "horizon": data.train.horizon,
+        "time_features": data.time_features,
+        "steps_per_day": max(1, round(data.city.steps_per_day)),
     }
     if width is not None:
         sizes |= {"hidden_channels": width, "hidden_size": width}

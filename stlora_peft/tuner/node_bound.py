@@ -26,6 +26,8 @@ def bound_size(module: nn.Module, name: str) -> int:
     Raises:
         ValueError: If this kind of module cannot be rebuilt.
     """
+    if hasattr(module, "resized"):
+        return int(cast(Any, module).num_nodes)
     if isinstance(module, _BatchNorm):
         return module.num_features
     if isinstance(module, nn.Embedding):
@@ -33,7 +35,8 @@ def bound_size(module: nn.Module, name: str) -> int:
     raise ValueError(
         message(
             f"node-bound module '{name}' cannot be rebuilt for another city",
-            expected="nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d or nn.Embedding",
+            expected="nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Embedding, or a module with num_nodes and "
+            "resized(num_nodes)",
             got=type(module).__name__,
             fix="leave it out of node_bound, or train it whole with modules_to_save if the number of nodes stays",
         )
@@ -44,7 +47,8 @@ def resize(module: nn.Module, num_nodes: int, name: str) -> nn.Module:
     r"""Copy a node-bound module for ``num_nodes`` nodes.
 
     With the number of nodes unchanged it is an exact copy. Otherwise every row is the mean over the old
-    nodes; a running variance is that of the nodes' mixture, :math:`\overline{v} + \mathrm{var}(m)`.
+    nodes; a running variance is that of the nodes' mixture, :math:`\overline{v} + \mathrm{var}(m)`. A module with
+    an attribute ``num_nodes`` and a method ``resized(num_nodes)`` says itself what it becomes.
 
     Args:
         module: Module with one entry for each node.
@@ -54,6 +58,8 @@ def resize(module: nn.Module, num_nodes: int, name: str) -> nn.Module:
     Returns:
         A new module; the old one is not changed.
     """
+    if hasattr(module, "resized"):
+        return cast(nn.Module, cast(Any, module).resized(num_nodes))
     new = copy.deepcopy(module)
     if bound_size(module, name) == num_nodes:
         return new
