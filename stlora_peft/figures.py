@@ -96,7 +96,7 @@ def _draw_methods(axes: Axes, summaries: Sequence[Summary], rows: Sequence[Row],
     for place, summary in enumerate(summaries):
         colour, mean = COLOURS.get(summary.method, OTHER_COLOUR), summary.mae.mean
         if summary not in shown:
-            text, edge = f"{mean:.3f}\n↑ off the scale", axes.get_xaxis_transform()
+            text, edge = f"{mean:.3f} ↑", axes.get_xaxis_transform()
             axes.annotate(text, (place, 0.98), xycoords=edge, ha="center", va="top", fontsize=9, color=colour)
             continue
         mine = [row["mae"] for row in rows if row["method"] == summary.method and row["seed"] in summary.seeds]
@@ -108,7 +108,7 @@ def _draw_methods(axes: Axes, summaries: Sequence[Summary], rows: Sequence[Row],
             top = (place, max(mean + (summary.mae.std or 0), *seeds))
             axes.annotate(f"{mean:.3f}", top, (0, 7), textcoords="offset points", ha="center", fontsize=9)
     axes.set_xticks(range(len(summaries)), [summary.method for summary in summaries])
-    axes.tick_params(axis="x", labelsize=8.5 if len(summaries) > 7 else 10)
+    axes.tick_params(axis="x", labelsize=7.5 if len(summaries) > 7 else 10)
     axes.set_xlim(-0.6, len(summaries) - 0.4)
     axes.margins(y=0.18)
 
