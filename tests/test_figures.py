@@ -10,8 +10,9 @@ from small_city import small_city
 from test_reports import ROWS, row
 
 from stlora_peft import figures
+from stlora_peft.comparison_figure import draw_comparison
 from stlora_peft.data import City
-from stlora_peft.figures import draw_against_truth, draw_comparison, draw_forecast, pick_nodes, require_matplotlib
+from stlora_peft.figures import draw_against_truth, draw_forecast, pick_nodes, require_matplotlib
 
 pytest.importorskip("matplotlib")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -21,13 +22,13 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that were written."""
     kept: list[Any] = []
-    save = figures._save
+    save = figures.save_figure
 
     def spy(figure: Any, path: Any) -> None:
         kept.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(figures, "_save", spy)
+    monkeypatch.setattr(figures, "save_figure", spy)
     return kept
 
 
@@ -132,7 +133,7 @@ def test_figures_leave_matplotlibs_global_state_alone(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "from test_reports import ROWS\n"
-        "from stlora_peft.figures import draw_comparison\n"
+        "from stlora_peft.comparison_figure import draw_comparison\n"
         "assert 'matplotlib' not in sys.modules\n"
         f"draw_comparison({str(tmp_path / 'a.png')!r}, ROWS, title='', quantity='')\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"

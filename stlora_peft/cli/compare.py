@@ -95,7 +95,8 @@ def write_reports(
     Returns:
         The files by name.
     """
-    from stlora_peft.figures import draw_comparison, require_matplotlib
+    from stlora_peft.comparison_figure import draw_comparison
+    from stlora_peft.figures import require_matplotlib
     from stlora_peft.reports import write_markdown
 
     title = f"{saved.city} to {city.name}"
