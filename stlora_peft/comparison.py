@@ -22,10 +22,10 @@ from stlora_peft.callbacks import JobBars
 from stlora_peft.checkpoints import trainable_state
 from stlora_peft.data import City, CityData, Windows, adaptation_split, prepare
 from stlora_peft.errors import message
-from stlora_peft.evaluation import check_fit, evaluate, evaluate_persistence
+from stlora_peft.evaluation import check_fit, evaluate, evaluate_persistence, measure
 from stlora_peft.files import read_json, write_json
 from stlora_peft.methods import Build, Candidate, Method, find_methods
-from stlora_peft.metrics import ErrorSums, Metrics
+from stlora_peft.metrics import Metrics
 from stlora_peft.storage import ADAPTER_WEIGHTS, SavedBackbone, save_adapter
 from stlora_peft.tensorfiles import tensors_to_bytes
 from stlora_peft.training import TrainingOptions, TrainingResult, train
@@ -184,10 +184,8 @@ class _Run:
         """Fit a baseline on the given part, which holds the validation part: there is no error to choose by."""
         with self.bars.part(title) as progress:
             baseline = kind.fit(self.data, progress)
-        sums = ErrorSums(self.data.test.horizon)
-        for forecast, truth in baseline_batches(baseline, self.data.test):
-            sums.add(forecast, truth)
-        return _row(sums.metrics(), math.nan, baseline.description)
+        test = measure(baseline_batches(baseline, self.data.test), self.data.test.horizon)
+        return _row(test, math.nan, baseline.description)
 
     def train(self, build: Build, rate: float, title: str) -> tuple[Candidate, TrainingResult, float]:
         """Train a fresh model; its first weights, and all else that is drawn, follow from the seed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -30,10 +30,7 @@ def evaluate(model: nn.Module, windows: Windows, data: CityData, *, batch_size: 
     Raises:
         ValueError: If window, horizon or channels of the data do not fit the model.
     """
-    sums = ErrorSums(windows.horizon)
-    for forecast, truth in forecast_batches(model, windows, data, batch_size=batch_size):
-        sums.add(forecast, truth)
-    return sums.metrics()
+    return measure(forecast_batches(model, windows, data, batch_size=batch_size), windows.horizon)
 
 
 def evaluate_persistence(windows: Windows, data: CityData, *, batch_size: int = 64) -> Metrics:
@@ -47,8 +44,21 @@ def evaluate_persistence(windows: Windows, data: CityData, *, batch_size: int = 
     Returns:
         Errors in the city's units, missing truths left out.
     """
-    sums = ErrorSums(windows.horizon)
-    for forecast, truth in persistence_batches(windows, data, batch_size=batch_size):
+    return measure(persistence_batches(windows, data, batch_size=batch_size), windows.horizon)
+
+
+def measure(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], horizon: int) -> Metrics:
+    """Compare forecasts with the truth.
+
+    Args:
+        batches: Forecast and truth, batch by batch, ``[b t n c]``.
+        horizon: Number of forecast steps.
+
+    Returns:
+        Errors in the units of the batches, missing truths left out.
+    """
+    sums = ErrorSums(horizon)
+    for forecast, truth in batches:
         sums.add(forecast, truth)
     return sums.metrics()
 

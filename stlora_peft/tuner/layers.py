@@ -14,7 +14,7 @@ from stlora_peft.tuner.conditioning import FACTOR_NAMES, condition, factor_shape
 from stlora_peft.tuner.config import STLoraConfig
 from stlora_peft.tuner.functional import delta_weight, full_update, project
 from stlora_peft.tuner.layout import Layout, check_layout, infer_layout, parse_layout
-from stlora_peft.tuner.nodes import AdapterModule, NodeTable
+from stlora_peft.tuner.nodes import AdapterModule, NodeTable, check_mergeable
 
 
 class STLoraLayer(AdapterModule):
@@ -286,16 +286,3 @@ class STLoraLayer(AdapterModule):
 
     def __repr__(self) -> str:
         return "stlora." + super().__repr__()
-
-
-def check_mergeable(refusal: str | None, adapter_name: str, where: str) -> None:
-    """Raise if there is a reason not to merge."""
-    if refusal:
-        raise ValueError(
-            message(
-                f"adapter '{adapter_name}' cannot be merged into '{where}'",
-                expected="an update that is the same for every node (conditioning='shared')",
-                got=refusal,
-                fix="keep the adapter beside the backbone: call the model as it is, or unload() to get the backbone",
-            )
-        )
