@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stlora_peft.backbones import Forecaster
 from stlora_peft.backbones.attention import CLASSES
-from stlora_peft.backbones.attention.nodes import mean_entry, mean_pair
+from stlora_peft.backbones.nodes import mean_entry, mean_pair
 from stlora_peft.tuner.node_bound import resize
 
 N, B, T = 7, 2, 5

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stlora_peft.backbones import tgt
 from stlora_peft.backbones.attention import gman, mtgnn
-from stlora_peft.backbones.attention.clock import time_rows
+from stlora_peft.backbones.clock import time_rows
 from stlora_peft.data.windows import time_encoding
 
 UPSTREAM: Any = tgt.load().nn.attention

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from stlora_peft.backbones import tgt
-from stlora_peft.backbones.attention.nodes import NodeBound, NodeBoundForecaster, mean_entry, mean_pair
 from stlora_peft.backbones.graphs import check_graph
+from stlora_peft.backbones.nodes import NodeBound, NodeBoundForecaster, mean_entry, mean_pair
 from stlora_peft.tuner.spec import BackboneSpec
 
 if TYPE_CHECKING:  # torch-geometric-temporal ships no types: this is the part of it that is used here

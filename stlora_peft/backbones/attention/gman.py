@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stlora_peft.backbones import tgt
-from stlora_peft.backbones.attention.clock import ENCODING_WIDTH, TimeFeatures, table_width, time_rows
-from stlora_peft.backbones.attention.nodes import NodeBoundForecaster
+from stlora_peft.backbones.clock import ENCODING_WIDTH, TimeFeatures, table_width, time_rows
+from stlora_peft.backbones.nodes import NodeBoundForecaster
 from stlora_peft.tuner.spec import BackboneSpec
 
 if TYPE_CHECKING:  # torch-geometric-temporal ships no types: this is the part of it that is used here
