@@ -16,6 +16,7 @@ from stlora_peft.backbones import BACKBONES, Forecaster, attention, backbone_cla
 
 SIZES = {name: {"in_channels": 3, "window": 12, "horizon": 3} | sizes for name, sizes in toys.SIZES.items()}
 RING = torch.stack([torch.arange(5), torch.arange(1, 6) % 5])
+OWN = ("lstm", "stgcn", "heterogclstm", "gwnet", "staeformer", "d2stgnn")
 every = pytest.mark.parametrize("name", BACKBONES)
 
 
@@ -31,24 +32,24 @@ class Counter(Forecaster):
 
 
 def test_backbones_lists_every_name_that_builds() -> None:
-    assert set(BACKBONES) == {"lstm", "stgcn", "heterogclstm", *recurrent.CLASSES, *attention.CLASSES}
+    assert set(BACKBONES) == {*OWN, *recurrent.CLASSES, *attention.CLASSES}
     assert [backbone_class(name).name for name in BACKBONES] == list(BACKBONES)
 
 
 def test_build_backbone_unknown_name_lists_the_known_ones() -> None:
     expected = (
-        "backbone 'gwnet' is unknown.\n"
+        "backbone 'wavenet' is unknown.\n"
         f"  expected: one of {', '.join(BACKBONES)}\n"
-        "  got:      'gwnet'\n"
+        "  got:      'wavenet'\n"
         "  to fix:   take a name of the list, or hand your own nn.Module to get_peft_model directly"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
-        build_backbone("gwnet", in_channels=3)
+        build_backbone("wavenet", in_channels=3)
 
 
 def test_package_unknown_attribute_raises() -> None:
-    with pytest.raises(AttributeError, match="has no attribute 'GraphWaveNet'"):
-        _ = backbones.GraphWaveNet
+    with pytest.raises(AttributeError, match="has no attribute 'WaveNet'"):
+        _ = backbones.WaveNet
 
 
 @every

@@ -593,3 +593,10 @@ def test_stgcn_exports_with_a_free_batch() -> None:
     x = torch.randn(5, 12, N, 3)
     ours = program.module()(x, edge_index, edge_weight)
     torch.testing.assert_close(ours, model(x, edge_index, edge_weight), rtol=0, atol=1e-5)
+
+
+def test_stgcn_of_the_papers_width_has_the_documented_number_of_parameters_on_pems04() -> None:
+    model = STGCN(num_nodes=307, in_channels=3, hidden_channels=64)
+    assert sum(p.numel() for p in model.parameters()) == 156_248
+    bound = sum(p.numel() for name, p in model.named_parameters() if "_batch_norm" in name)
+    assert bound == 4 * 307

@@ -30,6 +30,9 @@ SIZES: dict[str, dict[str, Any]] = dict.fromkeys(ALL_BACKBONES, NARROW) | {
     "dnntsp": NODES | NARROW | {"heads": 2},
     "gman": NODES | {"heads": 2, "head_size": 8, "steps_per_day": 24},
     "mtgnn": NODES | NARROW | {"skip_channels": 3, "end_channels": 6, "num_layers": 2, "neighbours": 3, "emb_size": 4},
+    "gwnet": NODES | NARROW | {"skip_channels": 3, "end_channels": 6, "num_blocks": 2, "num_layers": 2, "emb_size": 4},
+    "staeformer": NODES | NARROW | {"emb_size": 6, "num_layers": 1, "heads": 2, "steps_per_day": 24},
+    "d2stgnn": NODES | NARROW | {"forecast_channels": 6, "head_channels": 6, "num_layers": 2, "heads": 2},
 }
 """Sizes of a narrow network of each class, beside those that all have."""
 

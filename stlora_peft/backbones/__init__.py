@@ -1,11 +1,12 @@
 """Forecasters with one signature, built from torch and torch-geometric-temporal layers.
 
-All but ``lstm`` need torch-geometric-temporal and are imported when they are first asked for.
+Each is imported when it is first asked for; most need torch-geometric-temporal.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from stlora_peft.backbones import attention, recurrent
@@ -15,11 +16,15 @@ from stlora_peft.errors import message
 
 if TYPE_CHECKING:
     from stlora_peft.backbones.stgcn import STGCN
+    from stlora_peft.data import CityData
 
 _CLASSES = {
     "lstm": ("lstm", "LSTMForecaster"),
     "stgcn": ("stgcn", "STGCN"),
     "heterogclstm": ("hetero", "HeteroGCLSTM"),
+    "d2stgnn": ("d2stgnn.model", "D2STGNN"),
+    "staeformer": ("staeformer", "STAEformer"),
+    "gwnet": ("gwnet", "GraphWaveNet"),
     **{name: (f"recurrent.{file}", found) for name, (file, found) in recurrent.CLASSES.items()},
     **{name: (f"attention.{file}", found) for name, (file, found) in attention.CLASSES.items()},
 }
@@ -27,7 +32,7 @@ _CLASSES = {
 BACKBONES = tuple(sorted(_CLASSES))
 """Names that :func:`build_backbone` knows."""
 
-__all__ = ["BACKBONES", "STGCN", "Forecaster", "LSTMForecaster", "backbone_class", "build_backbone"]
+__all__ = ["BACKBONES", "STGCN", "Forecaster", "LSTMForecaster", "backbone_class", "build_backbone", "new_backbone"]
 
 
 def backbone_class(name: str) -> type[Forecaster]:
@@ -77,6 +82,55 @@ def build_backbone(name: str, **hyperparameters: Any) -> Forecaster:
         12
     """
     return backbone_class(name)(**hyperparameters)
+
+
+def new_backbone(name: str, data: CityData, *, seed: int, **sizes: Any) -> Forecaster:
+    """Build an untrained backbone for a city.
+
+    Args:
+        name: One of :data:`BACKBONES`.
+        data: The city that it is going to be trained on: nodes, channels, window, horizon and clock are its own.
+        seed: Seed of the first weights.
+        **sizes: Other arguments of its class, its own defaults where absent.
+
+    Returns:
+        The backbone.
+
+    Raises:
+        ValueError: If no backbone has this name, it has no such size, or the size does not fit it.
+        ImportError: If the backbone needs a package that is not installed.
+
+    Example:
+        >>> from stlora_peft.data import adaptation_split, prepare, simulate_city
+        >>> city = simulate_city(num_nodes=4, days=4, seed=0)
+        >>> data = prepare(city, adaptation_split(city.num_steps, city.steps_per_day))
+        >>> new_backbone("lstm", data, seed=0, hidden_size=8).in_channels
+        3
+    """
+    import torch
+
+    accepted = inspect.signature(backbone_class(name)).parameters
+    unknown = sorted(sizes.keys() - accepted.keys())
+    if unknown:
+        raise ValueError(
+            message(
+                f"backbone '{name}' has no size {', '.join(unknown)}",
+                expected=f"of {', '.join(accepted)}",
+                got=", ".join(f"{key} = {sizes[key]}" for key in unknown),
+                fix="give the sizes of this network",
+            )
+        )
+    of_city: dict[str, Any] = {
+        "num_nodes": data.city.num_nodes,
+        "in_channels": data.train.series.shape[-1],
+        "out_channels": data.city.num_channels,
+        "window": data.train.window,
+        "horizon": data.train.horizon,
+        "time_features": data.time_features,
+        "steps_per_day": max(1, round(data.city.steps_per_day)),
+    }
+    torch.manual_seed(seed)
+    return build_backbone(name, **{key: value for key, value in of_city.items() if key in accepted} | sizes)
 
 
 def __getattr__(name: str) -> Any:

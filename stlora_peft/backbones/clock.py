@@ -9,10 +9,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stlora_peft.backbones.base import Forecaster
+
 TimeFeatures = Literal["none", "day", "week"]
 
 ENCODING_WIDTH: dict[str, int] = {"none": 0, "day": 2, "week": 4}
 """Channels that each kind of time encoding takes, see :func:`stlora_peft.data.windows.time_encoding`."""
+
+
+def value_channels(forecaster: Forecaster, time_features: str) -> int:
+    """Number of input channels that are no time encodings.
+
+    Args:
+        forecaster: The forecaster; its sizes are known already.
+        time_features: ``"none"``, ``"day"`` or ``"week"``: the encodings that its input ends with.
+
+    Raises:
+        ValueError: If ``time_features`` is none of the three, or leaves no channel for the values.
+    """
+    if time_features not in ENCODING_WIDTH:
+        known = ", ".join(f"'{kind}'" for kind in ENCODING_WIDTH)
+        forecaster.refuse(
+            "time_features is unknown", f"one of {known}", f"'{time_features}'", "name the input's encodings"
+        )
+    values = forecaster.in_channels - ENCODING_WIDTH[time_features]
+    least = forecaster.out_channels if forecaster.residual else 1
+    if values < least:
+        forecaster.refuse(
+            f"too few input channels for time_features='{time_features}'",
+            f"in_channels >= {least + ENCODING_WIDTH[time_features]}: values, then time encodings",
+            f"in_channels = {forecaster.in_channels}",
+            "give the encodings as the last channels, or set time_features='none'",
+        )
+    return values
 
 
 def table_width(time_features: str, num_steps: int, steps_per_day: int) -> int:

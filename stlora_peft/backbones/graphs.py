@@ -92,3 +92,21 @@ def union(edge_index: Tensor, edge_values: Tensor, copies: int, num_nodes: int) 
 def _refuse_graph(expected: str, got: str, fix: str) -> None:
     """Raise the error of an unfit graph."""
     raise ValueError(message("graph convolution: the graph does not fit", expected=expected, got=got, fix=fix))
+
+
+def transition(weights: Tensor) -> Tensor:
+    r"""Divide every row by its sum, :math:`P = D^{-1} W`; a row of zeros stays one.
+
+    Args:
+        weights: Weights of the edges, what a node hears in its row.
+
+    Shapes:
+        - **weights**, **output:** :math:`(*, N, N)`
+
+    Example:
+        >>> transition(torch.tensor([[1.0, 3.0], [0.0, 0.0]]))
+        tensor([[0.2500, 0.7500],
+                [0.0000, 0.0000]])
+    """
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1.0)

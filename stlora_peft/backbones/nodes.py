@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from stlora_peft.backbones.base import Forecaster
@@ -40,6 +41,40 @@ class NodeBound(nn.Module):
     def tensors_for(self, num_nodes: int) -> dict[str, Tensor]:
         """Values, for another number of nodes, of the parameters that are bound to it."""
         raise NotImplementedError
+
+
+class NodeVectors(nn.Embedding, NodeBound):
+    """A vector for each node.
+
+    In another city the vectors are drawn anew, with the mean and the spread of the old ones and always the same random
+    numbers: in a graph learned from them, nodes that all had the mean would hear each other alike or not at all.
+
+    Args:
+        num_nodes: Number of nodes.
+        emb_size: Width of the vectors.
+        seed: Where the random numbers of another city begin.
+    """
+
+    def __init__(self, num_nodes: int, emb_size: int, seed: int) -> None:
+        super().__init__(num_nodes, emb_size)
+        self.num_nodes = num_nodes
+        self.seed = seed
+
+    def tensors_for(self, num_nodes: int) -> dict[str, Tensor]:
+        """Draw new vectors."""
+        old, generator = self.weight.detach(), torch.Generator().manual_seed(self.seed)
+        noise = torch.randn(num_nodes, self.embedding_dim, generator=generator)
+        return {"weight": old.mean(0) + old.std(0, correction=0) * noise.to(old)}
+
+
+class NoVectors(NodeBound):
+    """Nothing, for any number of nodes."""
+
+    num_nodes = 0
+
+    def tensors_for(self, num_nodes: int) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
 
 
 class NodeBoundForecaster(Forecaster):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,10 +12,6 @@ from stlora_peft.cli.options import Force, LearningRate, Output, Reading, Seed, 
 from stlora_peft.cli.screen import bold
 from stlora_peft.cli.tables import errors_table
 from stlora_peft.cli.training import Resumable, training_line, training_summary
-
-if TYPE_CHECKING:
-    from stlora_peft.backbones import Forecaster
-    from stlora_peft.data import CityData
 
 EXAMPLE = "Example:  stlora pretrain la-loop.npz --backbone stgcn --out runs/la"
 _BACKBONE = "Backbone"
@@ -60,6 +55,7 @@ def pretrain(
     """
     screen = output.screen()
     with screen.working("reading the city"):
+        from stlora_peft.backbones import new_backbone
         from stlora_peft.data import prepare, pretraining_split
         from stlora_peft.evaluation import evaluate, evaluate_persistence
         from stlora_peft.storage import DESCRIPTION, save_backbone
@@ -68,7 +64,8 @@ def pretrain(
         options = training.options(learning_rate=learning_rate, seed=seed)
         city = reading.city()
         data = prepare(city, pretraining_split(city.num_steps), window, horizon, time_features)
-        model = new_backbone(backbone, data, width, seed)
+        key = "hidden_size" if backbone == "lstm" else "hidden_channels"
+        model = new_backbone(backbone, data, seed=seed, **({} if width is None else {key: width}))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     screen.say(
         f"Training {bold(backbone)} ({parameters:,} parameters) on {bold(city.name)} ({city.num_nodes} sensors): "
@@ -96,39 +93,3 @@ def pretrain(
             "test": {name: metrics.to_dict() for name, metrics in errors.items()},
         }
     )
-
-
-def new_backbone(name: str, data: CityData, width: int | None, seed: int) -> Forecaster:
-    """Build an untrained backbone for a city.
-
-    Args:
-        name: Name of the backbone.
-        data: The city that it is going to be trained on.
-        width: Its hidden channels; None takes its own default.
-        seed: Seed of its first weights.
-
-    Returns:
-        The backbone.
-
-    Raises:
-        ValueError: If no backbone has this name, or a size does not fit it.
-        ImportError: If the backbone needs a package that is not installed.
-    """
-    import torch
-
-    from stlora_peft.backbones import backbone_class, build_backbone
-
-    accepted = inspect.signature(backbone_class(name)).parameters
-    sizes: dict[str, Any] = {
-        "num_nodes": data.city.num_nodes,
-        "in_channels": data.train.series.shape[-1],
-        "out_channels": data.city.num_channels,
-        "window": data.train.window,
-        "horizon": data.train.horizon,
-        "time_features": data.time_features,
-        "steps_per_day": max(1, round(data.city.steps_per_day)),
-    }
-    if width is not None:
-        sizes |= {"hidden_channels": width, "hidden_size": width}
-    torch.manual_seed(seed)
-    return build_backbone(name, **{key: value for key, value in sizes.items() if key in accepted})

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stlora_peft.backbones import tgt
-from stlora_peft.backbones.clock import ENCODING_WIDTH, TimeFeatures, table_width, time_rows
+from stlora_peft.backbones.clock import table_width, time_rows, value_channels
 from stlora_peft.backbones.nodes import NodeBoundForecaster
 from stlora_peft.tuner.spec import BackboneSpec
 
@@ -253,7 +253,7 @@ class GMAN(NodeBoundForecaster):
         }
         self.check_positive(**sizes)
         self.hyperparameters |= sizes | {"time_features": time_features}
-        self.values = self._value_channels(time_features)
+        self.values = value_channels(self, time_features)
         self.steps_per_day = steps_per_day
         self.places = nn.Embedding(num_nodes, heads * head_size)
         rows = table_width(time_features, window + horizon, steps_per_day)
@@ -265,21 +265,3 @@ class GMAN(NodeBoundForecaster):
         forecast = self.network(x[..., : self.values], self.places.weight.to(x.dtype), times)  # [b t n c]
         change: Tensor = forecast.transpose(1, 2).flatten(2)  # [b n (t c)]
         return change
-
-    def _value_channels(self, time_features: str) -> int:
-        """Number of channels that are no time encodings."""
-        if time_features not in ENCODING_WIDTH:
-            known = ", ".join(f"'{kind}'" for kind in get_args(TimeFeatures))
-            self.refuse(
-                "time_features is unknown", f"one of {known}", f"'{time_features}'", "name the input's encodings"
-            )
-        values = self.in_channels - ENCODING_WIDTH[time_features]
-        least = self.out_channels if self.residual else 1
-        if values < least:
-            self.refuse(
-                f"too few input channels for time_features='{time_features}'",
-                f"in_channels >= {least + ENCODING_WIDTH[time_features]}: values, then time encodings",
-                f"in_channels = {self.in_channels}",
-                "give the encodings as the last channels, or set time_features='none'",
-            )
-        return values

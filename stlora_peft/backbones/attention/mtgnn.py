@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stlora_peft.backbones import tgt
 from stlora_peft.backbones.graphs import dense_graph
-from stlora_peft.backbones.nodes import NodeBound, NodeBoundForecaster
+from stlora_peft.backbones.nodes import NodeBoundForecaster, NodeVectors, NoVectors
 from stlora_peft.tuner.spec import BackboneSpec
 
 if TYPE_CHECKING:  # torch-geometric-temporal ships no types: this is the part of it that is used here
@@ -49,31 +49,6 @@ _LAYERS = (
 )
 
 
-class NodeVectors(nn.Embedding, NodeBound):
-    """A vector for each node.
-
-    In another city the vectors are drawn anew, with the mean and the spread of the old ones and always the same random
-    numbers: if all nodes had the mean they would have no edges in a :class:`LearnedGraph` and, as no score were above
-    zero, no gradient.
-
-    Args:
-        num_nodes: Number of nodes.
-        emb_size: Width of the vectors.
-        seed: Where the random numbers of another city begin.
-    """
-
-    def __init__(self, num_nodes: int, emb_size: int, seed: int) -> None:
-        super().__init__(num_nodes, emb_size)
-        self.num_nodes = num_nodes
-        self.seed = seed
-
-    def tensors_for(self, num_nodes: int) -> dict[str, Tensor]:
-        """Draw new vectors."""
-        old, generator = self.weight.detach(), torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(num_nodes, self.embedding_dim, generator=generator)
-        return {"weight": old.mean(0) + old.std(0, correction=0) * noise.to(old)}
-
-
 class LearnedGraph(_GraphConstructor):
     r"""torch-geometric-temporal's GraphConstructor: directed edges from two vectors of each node.
 
@@ -110,16 +85,6 @@ class LearnedGraph(_GraphConstructor):
         kept = scores.topk(min(self._k, scores.shape[1]), 1).indices
         edges = torch.tanh(self._alpha * scores).relu()
         return edges * torch.zeros_like(edges).scatter(1, kept, 1.0)
-
-
-class NoVectors(NodeBound):
-    """Nothing, for any number of nodes."""
-
-    num_nodes = 0
-
-    def tensors_for(self, num_nodes: int) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
 
 
 class RoadGraph(nn.Module):
