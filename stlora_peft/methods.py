@@ -68,14 +68,14 @@ class Method:
     baseline: type[Baseline] | None = None
 
 
-def build_adapter(backbone: nn.Module, data: CityData, **settings: Any) -> PeftModel:
+def build_adapter(backbone: nn.Module, data: CityData, *, same_city: bool = False, **settings: Any) -> PeftModel:
     """Put a new ST-LoRA adapter for a city on a copy of a backbone.
-
-    Node-bound normalisation statistics are re-estimated on the city's training windows.
 
     Args:
         backbone: The backbone as it was pretrained; it is not changed.
         data: The city. Its nodes, its scaler, window and horizon are noted in the adapter's configuration.
+        same_city: The backbone belongs to this city and keeps its node-bound normalisation statistics. Otherwise they
+            are re-estimated on the city's training windows.
         **settings: Arguments of :class:`stlora_peft.STLoraConfig`.
 
     Returns:
@@ -101,7 +101,8 @@ def build_adapter(backbone: nn.Module, data: CityData, **settings: Any) -> PeftM
         "horizon": data.train.horizon,
     }
     model = get_peft_model(copy.deepcopy(backbone), STLoraConfig(**{**known, **settings}))
-    reestimate(model, forward_batches(data.train, data))
+    if not same_city:
+        reestimate(model, forward_batches(data.train, data))
     return model
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from stlora_peft.cli import adapt, compare, demo, evaluate, forecast, pretrain, simulate
+from stlora_peft.cli import adapt, compare, convert, demo, evaluate, forecast, pretrain, simulate, table
 from stlora_peft.cli.groups import expand
 from stlora_peft.cli.screen import Commands
 
@@ -27,10 +27,12 @@ app = typer.Typer(
 for _module, _command in (
     (demo, demo.demo),
     (simulate, simulate.simulate),
+    (convert, convert.convert),
     (pretrain, pretrain.pretrain),
     (adapt, adapt.adapt),
     (evaluate, evaluate.evaluate),
     (compare, compare.compare),
+    (table, table.table),
     (forecast, forecast.forecast),
 ):
     app.command(epilog=_module.EXAMPLE)(expand(_command))

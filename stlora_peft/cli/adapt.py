@@ -70,7 +70,8 @@ class Adapter:
         alpha = 2 * self.rank if self.alpha is None else self.alpha
         settings: dict[str, Any] = {"conditioning": self.conditioning, "r": self.rank, "lora_alpha": alpha}
         torch.manual_seed(seed)
-        return build_adapter(backbone, data, **settings, **({} if self.predictor else {"predictor": None}))
+        settings |= {} if self.predictor else {"predictor": None}
+        return build_adapter(backbone, data, **settings)
 
 
 def adapt(

@@ -11,16 +11,17 @@ from stlora_peft.errors import message
 Number = TypeVar("Number", int, float)
 
 
-def read_list(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+def read_list(option: str, text: str, kind: Callable[[str], Number], *, unique: bool = True) -> list[Number]:
     """Read numbers between commas.
 
     Args:
         option: Name of the option, for the error.
         text: What the user wrote.
         kind: ``int`` or ``float``.
+        unique: Leave repetitions out.
 
     Returns:
-        The numbers, without repetitions.
+        The numbers.
 
     Raises:
         ValueError: If it is no such list.
@@ -30,7 +31,7 @@ def read_list(option: str, text: str, kind: Callable[[str], Number]) -> list[Num
         [0, 1, 2]
     """
     try:
-        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+        numbers = [kind(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(
             message(
@@ -40,6 +41,7 @@ def read_list(option: str, text: str, kind: Callable[[str], Number]) -> list[Num
                 fix="write for instance 0,1,2" if kind is int else "write for instance 0.001,0.003",
             )
         ) from error
+    return list(dict.fromkeys(numbers)) if unique else numbers
 
 
 def check_new(path: Path, force: bool) -> None:

@@ -48,6 +48,15 @@ class Reading:
             show_default=False,
         ),
     ] = None
+    ids: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Names of the sensors, one in each line, where the graph uses names: PEMS03.",
+            rich_help_panel=_READING,
+            show_default=False,
+        ),
+    ] = None
     channels: Annotated[
         str | None,
         typer.Option(
@@ -95,6 +104,7 @@ class Reading:
         city = load_city(
             self.city_file,
             graph=self.graph,
+            ids=self.ids,
             channels=None if self.channels is None else read_list("--channels", self.channels, int),
             zeros_are_missing=self.zeros_missing,
             dead_sensors=self.dead_sensors,

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from stlora_peft.errors import message
 
 DEBUG = "stlora.debug"  # where --debug is kept in the context of a command
-RESUMABLE = ("pretrain", "adapt", "compare")
+RESUMABLE = ("pretrain", "adapt", "compare", "table")
 WIDE = 120  # columns where the output is no terminal: a table in a file must not be cut
 
 

@@ -1,0 +1,168 @@
+"""What a table compares and what all of its rows share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from stlora_peft.backbones import BACKBONES, backbone_class
+from stlora_peft.data import City, CityData, Windows, prepare, pretraining_split
+from stlora_peft.data.windows import TimeFeatures
+from stlora_peft.errors import message
+from stlora_peft.training import TrainingOptions
+from stlora_peft.tuner.config import STLoraConfig
+
+PAPER_BACKBONES = ("lstm", "stgcn", "gwnet", "agcrn", "staeformer", "d2stgnn")
+"""Backbones of the paper's table, in its order."""
+BASELINES = ("ha", "var", "svr")
+REGIMES = ("joint", "adapt")
+
+PAPER_SIZES: Mapping[str, Mapping[str, int]] = {
+    "lstm": {"hidden_size": 64, "num_layers": 2},
+    "stgcn": {"hidden_channels": 64},
+    "agcrn": {"hidden_channels": 64},
+}
+"""Sizes of the paper's table, where they are not the defaults of a backbone."""
+SMALL_SIZES: Mapping[str, Mapping[str, int]] = {
+    "lstm": {"hidden_size": 32},
+    "stgcn": {"hidden_channels": 16, "head_channels": 32},
+    "gwnet": {"hidden_channels": 8, "skip_channels": 32, "end_channels": 64, "num_blocks": 2},
+    "agcrn": {"hidden_channels": 16, "num_layers": 1},
+    "staeformer": {"hidden_channels": 8, "emb_size": 16, "feed_forward_channels": 64, "num_layers": 1, "heads": 2},
+    "d2stgnn": {
+        "hidden_channels": 8,
+        "forecast_channels": 32,
+        "head_channels": 64,
+        "gate_channels": 16,
+        "num_layers": 1,
+    },
+}
+"""Narrow networks, to see a table in minutes."""
+_NOT_SHARED = ("seed", "progress", "eval_batch_size")  # options that the rows of one table may differ in
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows of a table, and how each is made.
+
+    Args:
+        backbones: Names of :data:`stlora_peft.backbones.BACKBONES`.
+        baselines: Names of :data:`BASELINES`.
+        regimes: ``"joint"``: backbone and adapter are trained from scratch together, as in the paper; ``"adapt"``:
+            the backbone is trained first and frozen then.
+        seeds: One training of everything for each.
+        sizes: Arguments of the backbones, by name; a backbone's own defaults where it is absent.
+        shares: Shares of the record that train and validate; the rest is forecast. 0.6 and 0.2 in the paper.
+        window: Input steps.
+        horizon: Forecast steps.
+        time_features: Clock that the backbones read: ``"none"``, ``"day"`` or ``"week"``.
+        stride: Only every ``stride``-th window trains and validates; all test windows are forecast.
+        options: How everything is trained; ``seed`` is not used.
+
+    Raises:
+        ValueError: If a name is unknown or a number out of range.
+
+    Example:
+        >>> Plan(backbones=("lstm",), seeds=(0, 1)).regimes
+        ('joint', 'adapt')
+    """
+
+    backbones: Sequence[str] = PAPER_BACKBONES
+    baselines: Sequence[str] = BASELINES
+    regimes: Sequence[str] = REGIMES
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
+    sizes: Mapping[str, Mapping[str, int]] = field(default_factory=lambda: PAPER_SIZES)
+    shares: tuple[float, float] = (0.6, 0.2)
+    window: int = 12
+    horizon: int = 12
+    time_features: TimeFeatures = "week"
+    stride: int = 1
+    options: TrainingOptions = field(default_factory=TrainingOptions)
+
+    def __post_init__(self) -> None:
+        """Check every name and number."""
+        for kind, names, known in (
+            ("backbone", self.backbones, BACKBONES),
+            ("baseline", self.baselines, BASELINES),
+            ("regime", self.regimes, REGIMES),
+        ):
+            unknown = [name for name in names if name not in known]
+            self._require(not unknown, f"{kind} in a table", f"of {', '.join(known)}", ", ".join(unknown))
+        self._require(bool(self.backbones), "table", "at least one backbone", "none")
+        self._require(bool(self.regimes), "table", f"at least one regime of {', '.join(REGIMES)}", "none")
+        self._require(bool(self.seeds), "table", "at least one seed", "none")
+        self._require(self.stride >= 1, "stride of a table", "stride >= 1", f"stride = {self.stride}")
+
+    def data(self, city: City) -> CityData:
+        """Prepare a city: its parts, its scaler, its windows.
+
+        Args:
+            city: The city.
+
+        Returns:
+            Its windows, of the training and validation parts only every ``stride``-th.
+        """
+        split = pretraining_split(city.num_steps, *self.shares)
+        data = prepare(city, split, self.window, self.horizon, self.time_features)
+        return replace(data, train=self._thinned(data.train), val=self._thinned(data.val))
+
+    def settings(self, city: City, model: str) -> str:
+        """Hash everything that a row depends on but its seed: rows of one hash can stand in one table.
+
+        Args:
+            city: The city.
+            model: Name of the backbone or of the baseline.
+        """
+        content = hashlib.sha256(json.dumps([model, self._description(model)], sort_keys=True, default=str).encode())
+        for array in (city.values, city.edge_index, city.edge_weight):
+            content.update(np.ascontiguousarray(array).tobytes())
+        return content.hexdigest()[:16]
+
+    def configuration(self) -> dict[str, Any]:
+        """Return everything that was chosen, for JSON."""
+        options = {name: value for name, value in asdict(self.options).items() if name not in _NOT_SHARED}
+        return {
+            "backbones": {name: dict(self.sizes.get(name, {})) for name in self.backbones},
+            "baselines": list(self.baselines),
+            "regimes": list(self.regimes),
+            "seeds": list(self.seeds),
+            **self._preparation(),
+            "stride": self.stride,
+            "training": options,
+        }
+
+    def _description(self, model: str) -> dict[str, Any]:
+        """What rows of a model depend on."""
+        if model in BASELINES:
+            return self._preparation()
+        known = self.configuration()
+        chosen = {name: known[name] for name in (*self._preparation(), "stride", "training")}
+        adapter = {"adapter": asdict(STLoraConfig()), "layers": asdict(backbone_class(model).stlora_spec)}
+        return chosen | adapter | {"sizes": known["backbones"][model]}
+
+    def _preparation(self) -> dict[str, Any]:
+        """How a city is prepared."""
+        return {
+            "shares": list(self.shares),
+            "window": self.window,
+            "horizon": self.horizon,
+            "time_features": self.time_features,
+        }
+
+    def _thinned(self, windows: Windows) -> Windows:
+        """Every ``stride``-th window."""
+        sizes = {"window": windows.window, "horizon": windows.horizon}
+        return Windows(windows.series, windows.targets, windows.starts[:: self.stride], **sizes)
+
+    @staticmethod
+    def _require(holds: bool, where: str, expected: str, got: str) -> None:
+        """Raise unless a condition holds."""
+        if not holds:
+            raise ValueError(
+                message(f"{where} cannot be used", expected=expected, got=got, fix="correct the plan of the table")
+            )
