@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from reference import Temporal
 from torch import Tensor, nn
-from toys import graph
+from toys import factors_of, graph
 
 from stlora_peft.backbones import tgt
 
@@ -31,7 +31,8 @@ class Host:
 
     ``pattern`` is einops' pattern of the input and ``layout`` ours where they differ; ``call`` runs the layer and
     gives the tensor that the update is added to; ``temporal`` says what a convolution along time is; ``root`` gives
-    what the update reads of the input.
+    what the update reads of the input. ``inside`` computes the layer with an update that is not added to its output;
+    ``part`` names the part of the layer that holds the adapters, where they do not wrap it.
     """
 
     name: str
@@ -42,9 +43,14 @@ class Host:
     temporal: Temporal | None = None
     on_output: bool = False
     root: Callable[[Tensor], Tensor] = lambda x: x
+    inside: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
+    part: str = ""
 
     def __str__(self) -> str:
         return self.name
+
+    def factors(self, model: nn.Module) -> dict[str, Tensor]:
+        return factors_of(model, f"base_model.model.layer{self.part}")
 
     def fold(self, x: Tensor) -> Tensor:
         return rearrange(x, f"b t n c -> {self.pattern}")
@@ -97,6 +103,62 @@ def attention_call(layer: nn.Module, x: Tensor) -> Tensor:
 
 def adaptive_call(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x, torch.linspace(-1, 1, N * 2, dtype=x.dtype).view(N, 2))
+
+
+SENSOR, ALONG, AGAINST = "sensor", ("sensor", "along", "sensor"), ("sensor", "against", "sensor")
+ONE_WAY = torch.tensor([[0, 0, 1], [1, 2, 2]])
+TYPES = {ALONG: ONE_WAY, AGAINST: ONE_WAY.flip(0)}
+
+
+def states(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two states of a cell, different at every sample, step and node of ``x``."""
+    h = torch.linspace(-1, 1, x[..., 0].numel() * D, dtype=x.dtype).view(*x.shape[:-1], D)
+    return h, h.flip(-1) / 2
+
+
+def cell_call(layer: nn.Module, x: Tensor) -> Tensor:
+    """Both new states, side by side; the states before are those of the nodes in the layout ``b t n c``."""
+    if x.ndim > 2:
+        return torch.cat(layer(x, EDGES, WEIGHTS, *states(x)), dim=-1)
+    edges, _ = union(x)
+    weights = WEIGHTS.repeat(x.shape[-2] // N)
+    return torch.cat(layer(x, edge_index=edges, edge_weight=weights, H=states(x)[0], C=states(x)[1]), dim=-1)
+
+
+def cell_loop(base: nn.Module, x: Tensor, update: Tensor) -> Tensor:
+    h, c = states(x)
+    adjacency = reference.dense_graph(EDGES, WEIGHTS, N)
+    gates = reference.gate_products(x, [getattr(base, f"W_{gate}") for gate in "ifco"], update)
+    for g, gate in enumerate("ifco"):
+        conv = getattr(base, f"conv_{gate}")
+        heard = reference.cheb_base(h, [lin.weight for lin in conv.lins], conv.bias, adjacency)
+        gates[g] = gates[g] + heard + getattr(base, f"b_{gate}")
+    return torch.cat(reference.lstm_gates(gates, c), dim=-1)
+
+
+def hetero_cell() -> nn.Module:
+    """A cell for one type of node, joined by two types of edges, with its sizes known."""
+    cell = tgt_layer("hetero.heterogclstm.HeteroGCLSTM")({SENSOR: C}, D, ([SENSOR], [ALONG, AGAINST]))
+    cell({SENSOR: torch.zeros(N, C)}, TYPES)
+    return cell
+
+
+def hetero_call(layer: nn.Module, x: Tensor) -> Tensor:
+    h, c = states(x)
+    after = layer({SENSOR: x}, TYPES, h_dict={SENSOR: h}, c_dict={SENSOR: c})
+    return torch.cat([state[SENSOR] for state in after], dim=-1)
+
+
+def hetero_loop(base: nn.Module, x: Tensor, update: Tensor) -> Tensor:
+    h, c = states(x)
+    gates = reference.gate_products(x, [getattr(base, f"W_{gate}")[SENSOR] for gate in "ifco"], update)
+    for g, gate in enumerate("ifco"):
+        for kind, edges in TYPES.items():
+            conv = getattr(base, f"conv_{gate}").convs[kind]
+            heard = reference.mean_of_neighbours(h, edges) @ conv.lin_l.weight.T + conv.lin_l.bias
+            gates[g] = gates[g] + heard + h @ conv.lin_r.weight.T
+        gates[g] = gates[g] + getattr(base, f"b_{gate}")[SENSOR]
+    return torch.cat(reference.lstm_gates(gates, c), dim=-1)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -258,7 +320,28 @@ CELLS = [
     Host("rnn cell", lambda: nn.RNNCell(C, D), "(b t n) c", on_output=True),
     Host("lstm cell", lambda: nn.LSTMCell(C, D), "(b t n) c", call=first, on_output=True),
 ]
-HOSTS = LINEAR + CONV + GRAPH + ATTENTION + RECURRENT + CELLS
+GATES = ".stlora_gates"
+BARE = [
+    Host(
+        "gclstm[b t n c]",
+        lambda: tgt_layer("recurrent.gc_lstm.GCLSTM")(C, D, 3),
+        layout="",
+        call=cell_call,
+        inside=cell_loop,
+        part=GATES,
+    ),
+    Host(
+        "gclstm[(b t n) c]",
+        lambda: tgt_layer("recurrent.gc_lstm.GCLSTM")(C, D, 3),
+        "(b t n) c",
+        layout="",
+        call=cell_call,
+        inside=cell_loop,
+        part=GATES,
+    ),
+    Host("hetero gclstm", hetero_cell, layout="", call=hetero_call, inside=hetero_loop, part=GATES),
+]
+HOSTS = LINEAR + CONV + GRAPH + ATTENTION + RECURRENT + CELLS + BARE
 
 
 def options_of(host: Host, conditioning: str, **options: Any) -> dict[str, Any]:
@@ -274,6 +357,8 @@ def canonical(seed: int = 3) -> Tensor:
 
 def expected_output(host: Host, base: nn.Module, x: Tensor, conditioning: str, factors: Any, scale: float) -> Tensor:
     """What the formula gives, in the layout ``b t n c``."""
+    if host.inside is not None:
+        return host.inside(base, x, reference.pointwise_update(x, conditioning, factors, scale))
     out = host.unfold(host.call(base, host.fold(x)))
     z = out if host.on_output else host.root(x)
     if host.temporal is None:

@@ -139,6 +139,32 @@ def cheb_base(x: Tensor, weights: list[Tensor], bias: Tensor, adjacency: Tensor)
     return sum(term @ weight.T for term, weight in zip(terms, weights, strict=False)) + bias
 
 
+def gate_products(x: Tensor, weights: list[Tensor], update: Tensor) -> list[Tensor]:
+    """x W_g for each of the gates i, f, c, o, with that gate's part of ``update``, at every sample, step and node."""
+    width, products = weights[0].shape[1], []
+    for g, weight in enumerate(weights):
+        rows = [torch.stack([weight.T @ x[b, t, n] for n in range(x.shape[2])]) for b, t in np.ndindex(*x.shape[:2])]
+        product = torch.stack(rows).view(*x.shape[:3], width)
+        products.append(product + update[..., width * g : width * (g + 1)])
+    return products
+
+
+def lstm_gates(gates: list[Tensor], c: Tensor) -> tuple[Tensor, Tensor]:
+    """State and cell state after the gates i, f, c, o, given before their activation."""
+    i, f, g, o = gates
+    after = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * after.tanh(), after
+
+
+def mean_of_neighbours(h: Tensor, edge_index: Tensor) -> Tensor:
+    """At each node the mean of ``h`` over the sources of the edges that end there."""
+    rows = []
+    for node in range(h.shape[2]):
+        sources = [int(s) for s, t in edge_index.T if int(t) == node]
+        rows.append(sum(h[:, :, s] for s in sources) / len(sources) if sources else torch.zeros_like(h[:, :, 0]))
+    return torch.stack(rows, dim=2)
+
+
 def predictor_correction(
     window: Tensor,
     forecast: Tensor,

@@ -144,13 +144,13 @@ def test_copies_before_and_after_a_backward_give_the_same_numbers() -> None:
 
 
 def test_edges_of_another_graph_and_sizes_below_one_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^graph convolution: the graph does not fit\.\n  expected: node numbers"):
+    with pytest.raises(ValueError, match=r"^the graph does not fit the nodes\.\n  expected: node numbers"):
         small()(windows(), EDGES + 3)
     with pytest.raises(ValueError, match=r"^backbone 'heterogclstm': hidden_channels out of range\."):
         small(hidden_channels=0)
 
 
-def test_stlora_spec_names_one_convolution_of_each_gate_and_the_head() -> None:
+def test_stlora_spec_names_the_cell_one_convolution_of_each_gate_and_the_head() -> None:
     model, sizes = small(), {}
     spec = model.stlora_spec
     targets = {
@@ -158,9 +158,13 @@ def test_stlora_spec_names_one_convolution_of_each_gate_and_the_head() -> None:
         for key, module in model.named_modules()
         if any(key == name or key.endswith(f".{name}") for name in spec.target_modules)
     }
-    assert [type(module) for module in targets.values()] == [SAGEConv] * 4 + [nn.Linear]
+    assert [type(module) for module in targets.values()] == [Cell] + [SAGEConv] * 4 + [nn.Linear]
+
+    def note(key: str, x: Any) -> None:
+        sizes[key] = (x["sensor"] if isinstance(x, dict) else x).shape[:2]
+
     for key, module in targets.items():
-        module.register_forward_hook(lambda _, inputs, __, key=key: sizes.update({key: inputs[0].shape[:2]}))
+        module.register_forward_hook(lambda _, inputs, __, key=key: note(key, inputs[0]))
     model(windows(), EDGES)
     assert sizes == dict.fromkeys(targets, (B, N))
     assert set(spec.node_layout.values()) == {"b n c"}

@@ -116,6 +116,24 @@ def test_adapter_of_a_class_that_is_registered_otherwise_is_refused(own: ModuleT
     assert_unchanged(backbone, before)
 
 
+def test_registered_layer_that_returns_several_tensors_is_refused() -> None:
+    class Cell(nn.Module):
+        in_channels = out_channels = C
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    register_host_layer(Cell, layout="b n c")
+    options = {"num_nodes": N, "target_modules": ["layer"], "predictor": None}
+    model = get_peft_model(Holder(Cell()), STLoraConfig(**options))
+    assert raised(lambda: model(torch.rand(2, N, C))) == {
+        "where": "stlora layer 'layer' returns what no update can be added to",
+        "expected": "one tensor",
+        "got": "a tuple from Cell",
+        "fix": "name layers inside it in target_modules instead",
+    }
+
+
 def test_registering_a_class_that_can_be_adapted_already_raises() -> None:
     lines = raised(lambda: register_host_layer(gnn.GCNConv))
     assert lines["where"] == "layer class 'torch_geometric.nn.conv.gcn_conv.GCNConv' cannot be registered"

@@ -52,7 +52,7 @@ def test_hosts_have_different_names():
 def test_forward_and_backward_match_per_node_loop(host, conditioning):
     base = host.make().double()
     model = adapted(copy.deepcopy(base), N, **options_of(host, conditioning))
-    factors, x = factors_of(model), canonical()
+    factors, x = host.factors(model), canonical()
     theirs, their_x = leaves(factors), canonical()
 
     out = host.unfold(host.call(model, host.fold(x)))

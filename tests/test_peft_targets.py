@@ -20,7 +20,8 @@ HOSTS = (
     "torch_geometric.nn.Linear, torch_geometric.nn.GCNConv, torch_geometric.nn.ChebConv, torch_geometric.nn.SAGEConv, "
     "torch_geometric.nn.RGCNConv, torch_geometric.nn.GatedGraphConv, torch_geometric_temporal.nn.DConv, "
     "torch_geometric_temporal.nn.BatchedDConv, torch_geometric_temporal.nn.AVWGCN, "
-    "torch_geometric_temporal.nn.ChebConvAttention, or a class of your own"
+    "torch_geometric_temporal.nn.ChebConvAttention, torch_geometric_temporal.nn.GCLSTM, "
+    "torch_geometric_temporal.nn.HeteroGCLSTM, or a class of your own"
 )
 FIX = (
     "leave it out of target_modules (or name it in exclude_modules), train it with modules_to_save, or register its "

@@ -1,14 +1,20 @@
-"""Layouts that two probing forwards find."""
+"""Layouts that two probing forwards find, and targets that no forward calls."""
 
 from __future__ import annotations
+
+import copy
+import pickle
+import warnings
 
 import pytest
 import torch
 from einops import rearrange
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
-from toys import assert_unchanged, graph, raised, small_backbone, snapshot, windows
+from toys import CONDITIONINGS, assert_unchanged, error_lines, graph, raised, small_backbone, snapshot, windows
 
-from stlora_peft import find_layouts
+from stlora_peft import STLoraConfig, find_layouts
+from stlora_peft.tuner.probe import UnreachedTargets
 
 B, T, N, C = 2, 6, 5, 3
 
@@ -165,3 +171,139 @@ def test_find_layouts_never_guesses(pattern, shape):
     lines = raised(lambda: find_layouts(backbone, torch.randn(shape), num_nodes=N, target_modules=["layer"]))
     assert lines["where"] == "layer 'encoder.layer': the node axis cannot be found"
     assert " or " in lines["got"]
+
+
+# -- targets of an adapter that the forward never calls -----------------------------------------------------
+
+
+class Branches(nn.Module):
+    """Calls ``used``, reads the weight of ``read`` without calling it, and calls ``late`` for long windows only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.read, self.unused, self.late = (nn.Linear(C, C) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.linear(self.used(x), self.read.weight)
+        return self.late(x) if x.shape[1] > T else x
+
+
+def config(*targets: str, **options: object) -> STLoraConfig:
+    defaults = {"num_nodes": N, "target_modules": list(targets), "predictor": None, "init_weights": False}
+    return STLoraConfig(**(defaults | options))
+
+
+def reports(model: nn.Module, steps: int = T) -> list[dict[str, str]]:
+    """The warnings of one forward, as their four lines."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(torch.randn(B, steps, N, C))
+    assert all(warning.category is UserWarning for warning in caught)
+    return [error_lines(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_targets_that_the_first_forward_does_not_call_are_reported_after_it_and_once(conditioning, mode):
+    targets = config("used", "read", "unused", conditioning=conditioning)
+    model = get_peft_model(Branches(), targets).train(mode)
+    assert reports(model) == [
+        {
+            "where": "stlora adapter 'default' on 'read', 'unused': not called by the forward",
+            "expected": "layers that the backbone calls",
+            "got": "no call",
+            "fix": "leave them out of target_modules: an adapter there has no effect; ignore this if another input "
+            "leads there",
+        }
+    ]
+    assert reports(model) == []
+    assert not model.get_base_model()._forward_hooks
+
+
+def test_nothing_is_reported_where_every_target_is_called():
+    model = get_peft_model(Branches(), config("used", "late"))
+    assert reports(model, steps=T + 1) == []
+    assert reports(model) == []
+    assert not model.get_base_model()._forward_hooks
+
+
+def test_each_adapter_is_reported_when_it_first_runs():
+    model = get_peft_model(Branches(), config("used", "late"), adapter_name="one")
+    model.add_adapter("two", config("used", "unused"))
+    with model.disable_adapter():
+        assert reports(model) == []
+    (lines,) = reports(model)
+    assert lines["where"] == "stlora adapter 'one' on 'late': not called by the forward"
+    assert reports(model) == []
+    model.set_adapter("two")
+    (lines,) = reports(model)
+    assert lines["where"] == "stlora adapter 'two' on 'unused': not called by the forward"
+    assert not model.get_base_model()._forward_hooks
+
+
+def test_layer_that_another_adapter_reached_is_reported_for_the_one_that_does_not():
+    model = get_peft_model(Branches(), config("used", "late"), adapter_name="one")
+    assert reports(model, steps=T + 1) == []
+    model.add_adapter("two", config("used", "late"))
+    model.set_adapter("two")
+    (lines,) = reports(model)
+    assert lines["where"] == "stlora adapter 'two' on 'late': not called by the forward"
+
+
+def test_adapter_that_replaces_one_of_its_name_is_reported_again():
+    model = get_peft_model(Branches(), config("used", "late"), adapter_name="one")
+    assert reports(model, steps=T + 1) == []
+    model.add_adapter("two", config("used"))
+    model.delete_adapter("one")
+    model.add_adapter("one", config("used", "late"))
+    model.set_adapter("one")
+    (lines,) = reports(model)
+    assert lines["where"] == "stlora adapter 'one' on 'late': not called by the forward"
+
+
+def test_merged_and_deleted_adapters_are_not_reported():
+    model = get_peft_model(Branches(), config("used", "unused", conditioning="shared"))
+    model.merge_adapter()
+    assert reports(model) == []
+    model.unmerge_adapter()
+    assert len(reports(model)) == 1
+    model.add_adapter("other", config("unused"))
+    model.delete_adapter("other")
+    assert reports(model) == []
+
+
+def test_loaded_injected_and_copied_adapters_are_reported(tmp_path):
+    backbone = Branches()
+    model = get_peft_model(copy.deepcopy(backbone), config("used", "unused"))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(backbone), tmp_path)
+    injected = inject_adapter_in_model(config("used", "unused"), copy.deepcopy(backbone))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model, loaded, injected):
+        (lines,) = reports(twin)
+        assert lines["where"] == "stlora adapter 'default' on 'unused': not called by the forward"
+        assert reports(twin) == []
+
+
+def test_unloading_before_any_forward_leaves_no_hook():
+    backbone = Branches()
+    before = snapshot(backbone)
+    model = get_peft_model(backbone, config("used", "unused"))
+    assert [type(hook) for hook in backbone._forward_hooks.values()] == [UnreachedTargets]
+    backbone.requires_grad_(True)
+    assert_unchanged(model.unload(), before)
+
+
+def test_failing_forward_reports_nothing_and_the_next_one_does():
+    model = get_peft_model(Branches(), config("used", "unused"))
+    with pytest.raises(ValueError, match="the node axis cannot be found"):
+        model(torch.randn(B, T, N + 1, C))
+    assert len(reports(model)) == 1
+
+
+def test_compiled_forward_is_not_stopped_by_the_report():
+    model = get_peft_model(Branches(), config("used", "unused")).get_base_model()
+    compiled, x = torch.compile(model, backend="eager", fullgraph=True), torch.randn(B, T, N, C)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), compiled(x))
+        assert len(reports(model)) == 1
+        assert torch.equal(compiled(x), model(x))

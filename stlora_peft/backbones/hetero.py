@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from stlora_peft.backbones import tgt
 from stlora_peft.backbones.base import Forecaster
-from stlora_peft.backbones.graphs import check_graph
 from stlora_peft.tuner.spec import BackboneSpec
 
 if TYPE_CHECKING:  # neither package ships types: this is the part of them that is used here
@@ -47,6 +46,9 @@ class Cell(_HeteroGCLSTM):
         for gate in _GATES:
             convolutions = {kind: _SAGEConv(hidden_channels, hidden_channels) for kind in (ALONG, AGAINST)}
             setattr(self, f"conv_{gate}", _HeteroConv(convolutions))
+
+
+_TARGETS = ("cell", *(f"conv_{gate}.convs.<{'___'.join(ALONG)}>" for gate in _GATES), "head")
 
 
 class HeteroGCLSTM(Forecaster):
@@ -98,8 +100,8 @@ class HeteroGCLSTM(Forecaster):
     name = "heterogclstm"
     # The root terms of the two types add up, so that one of the two is adapted.
     stlora_spec = BackboneSpec(
-        target_modules=(*(f"conv_{gate}.convs.<{'___'.join(ALONG)}>" for gate in _GATES), "head"),
-        node_layout={f"conv_{gate}.convs.<{'___'.join(ALONG)}>": "b n c" for gate in _GATES} | {"head": "b n c"},
+        target_modules=_TARGETS,
+        node_layout=dict.fromkeys(_TARGETS, "b n c"),
         head=("head",),
     )
 
@@ -123,7 +125,6 @@ class HeteroGCLSTM(Forecaster):
 
     def decode(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> Tensor:
         """Run the cell over the window; weights of the edges are not used."""
-        check_graph(edge_index, edge_weight, x.shape[2])
         edges = {ALONG: edge_index, AGAINST: edge_index.flip(0)}
         hidden = {NODE: x.new_zeros(x.shape[0], x.shape[2], self.hidden_channels)}
         cell = dict(hidden)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stlora_peft.errors import message
 from stlora_peft.tuner.layers import STLoraLayer
 from stlora_peft.tuner.layout import check_union
 
@@ -38,21 +39,34 @@ class STLoraGraphConv(STLoraLayer):
         """Run the convolution and add the updates; edges and the rest pass through."""
         edges = args[0] if args else kwargs.get("edge_index")
         if not self.disable_adapters and isinstance(edges, Tensor) and edges.dtype == torch.long:
-            self._check_union(self._root(x), edges)
+            self._check_union(x, edges)
         return super().forward(x, *args, **kwargs)
 
     def _root(self, x: Any) -> Tensor:
         """Features of the receiving nodes."""
-        return cast(Tensor, x[-1] if isinstance(x, (tuple, list)) else x)
+        root = x[-1] if isinstance(x, (tuple, list)) else x
+        if root is None:
+            raise ValueError(
+                message(
+                    f"stlora layer '{self.name}' cannot read its input",
+                    expected="features of the receiving nodes",
+                    got="a pair whose second part is None",
+                    fix="give features of these nodes too, or leave the layer out with exclude_modules",
+                )
+            )
+        return cast(Tensor, root)
 
-    def _check_union(self, x: Tensor, edge_index: Tensor) -> None:
+    def _check_union(self, x: Any, edge_index: Tensor) -> None:
         for name in self.active_adapters:
             if self.conditioning.get(name, "shared") == "shared":
                 continue
-            layout, num_nodes = self.layout.get(name), self.num_nodes[name]
-            if layout is not None and layout.fits(x.shape, num_nodes):
+            layout, num_nodes, shape = self.layout.get(name), self.num_nodes[name], self._root(x).shape
+            if layout is not None and layout.fits(shape, num_nodes):
+                edges = edge_index
+                if layout.node_fastest and isinstance(x, (tuple, list)):
+                    edges = _renumbered(edges, x[0].shape[-2] * num_nodes // shape[-2], num_nodes)
                 where = f"stlora adapter '{name}' on '{self.name}'"
-                check_union(edge_index, x.shape[-2], num_nodes, layout, where)
+                check_union(edges, shape[-2], num_nodes, layout, where)
 
 
 class STLoraChebConv(STLoraGraphConv):
@@ -143,6 +157,11 @@ class STLoraAdaptiveConv(STLoraGraphConv):
     def _sizes(base_layer: nn.Module) -> tuple[tuple[int, ...], int]:
         _, _, in_features, out_features = cast(Tensor, base_layer.weights_pool).shape
         return (int(in_features),), int(out_features)
+
+
+def _renumbered(edge_index: Tensor, num_sources: int, num_nodes: int) -> Tensor:
+    """Edges between two types of nodes, the sources of each graph numbered as if there were ``num_nodes`` of them."""
+    return torch.stack([edge_index[0] // max(num_sources, 1) * num_nodes, edge_index[1]])
 
 
 def _target(channels: Any) -> int:

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from operator import attrgetter
 from typing import Any, Final, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from stlora_peft.errors import message
+from stlora_peft.tuner.bare_layers import STLoraGCLSTM
 from stlora_peft.tuner.graph_layers import (
     STLoraAdaptiveConv,
     STLoraAttentionConv,
@@ -28,8 +29,10 @@ _TORCH = "torch.nn.modules"
 _PYG = "torch_geometric.nn"
 _TGT = "torch_geometric_temporal.nn"
 
+Host = type[STLoraLayer] | type[STLoraGCLSTM]
+
 # By name, so that no package is imported for it.
-BUILT_IN: Final[Mapping[str, type[STLoraLayer]]] = {
+BUILT_IN: Final[Mapping[str, Host]] = {
     f"{_TORCH}.linear.Linear": STLoraLinear,
     f"{_TORCH}.conv.Conv1d": STLoraConv,
     f"{_TORCH}.conv.Conv2d": STLoraConv,
@@ -50,7 +53,13 @@ BUILT_IN: Final[Mapping[str, type[STLoraLayer]]] = {
     f"{_TGT}.recurrent.dcrnn.BatchedDConv": STLoraDiffusionConv,
     f"{_TGT}.recurrent.agcrn.AVWGCN": STLoraAdaptiveConv,
     f"{_TGT}.attention.astgcn.ChebConvAttention": STLoraAttentionConv,
+    f"{_TGT}.recurrent.gc_lstm.GCLSTM": STLoraGCLSTM,
+    f"{_TGT}.hetero.heterogclstm.HeteroGCLSTM": STLoraGCLSTM,
 }
+
+
+# Holds layers that can be adapted, in a part of this name.
+_CONTAINERS: Final[Mapping[str, str]] = {f"{_PYG}.conv.hetero_conv.HeteroConv": "convs"}
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,18 @@ class STLoraRegistered(STLoraGraphConv):
     def _sizes(base_layer: nn.Module) -> tuple[tuple[int, ...], int]:
         host = _described(base_layer)
         return (int(attrgetter(host.in_features)(base_layer)),), int(attrgetter(host.out_features)(base_layer))
+
+    def _sum(self, out: Any, update: Tensor) -> Tensor:
+        if not isinstance(out, Tensor):
+            raise ValueError(
+                message(
+                    f"stlora layer '{self.name}' returns what no update can be added to",
+                    expected="one tensor",
+                    got=f"a {type(out).__name__} from {type(self.get_base_layer()).__name__}",
+                    fix="name layers inside it in target_modules instead",
+                )
+            )
+        return super()._sum(out, update)
 
 
 def register_host_layer(
@@ -148,8 +169,10 @@ def registered_hosts(layers: list[nn.Module]) -> dict[str, dict[str, Any]]:
     return {name: asdict(_registered[name]) for name in sorted(names)}
 
 
-def host_class(layer: nn.Module) -> type[STLoraLayer] | None:
+def host_class(layer: nn.Module) -> Host | None:
     """The class that adapts ``layer``, looked up along its bases, or None."""
+    if isinstance(layer, STLoraGCLSTM):
+        return STLoraGCLSTM
     for name in map(class_name, type(layer).__mro__):
         if name in _registered:
             return STLoraRegistered
@@ -158,7 +181,13 @@ def host_class(layer: nn.Module) -> type[STLoraLayer] | None:
     return None
 
 
-def host_names() -> dict[str, type[STLoraLayer]]:
+def inner_targets(layer: nn.Module) -> list[str]:
+    """Names of the layers in a known container, which can be targets in its place."""
+    part = next((_CONTAINERS[name] for name in map(class_name, type(layer).__mro__) if name in _CONTAINERS), None)
+    return [name for name, _ in layer.get_submodule(part).named_children()] if part else []
+
+
+def host_names() -> dict[str, Host]:
     """The layers that can be adapted, under the names that users import them by."""
     short = {f"{name.split('.')[0]}.nn.{name.rpartition('.')[2]}": host for name, host in BUILT_IN.items()}
     return short | dict.fromkeys(_registered, STLoraRegistered)
@@ -166,7 +195,7 @@ def host_names() -> dict[str, type[STLoraLayer]]:
 
 def layer_sizes(layer: nn.Module) -> tuple[tuple[int, ...], int]:
     """Width that a layer's update reads, followed by the kernel of a convolution, and width that it writes."""
-    return cast(type[STLoraLayer], host_class(layer))._sizes(layer)
+    return cast(Host, host_class(layer))._sizes(layer)
 
 
 def _described(layer: nn.Module) -> HostLayer:

@@ -43,6 +43,7 @@ class STLoraLayer(AdapterModule):
     )
     mergeable = False
     default_layout: str | None = None
+    inner: str | None = None  # part of the layer that holds its adapters, where they are not wrapped around it
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -60,6 +61,7 @@ class STLoraLayer(AdapterModule):
         self.num_nodes: dict[str, int] = {}
         self.layout: dict[str, Layout] = {}
         self.node_table: dict[str, NodeTable] = {}
+        self.ran_with: list[str] = []  # the adapters that were active when it was last called
 
     # -- what a kind of layer says about itself ---------------------------------------------------------
 
@@ -98,9 +100,13 @@ class STLoraLayer(AdapterModule):
         """Shared projection B u, axes kept."""
         return project(u, weight)
 
-    def _root_weight(self) -> nn.Parameter:
+    def _root_weight(self) -> Tensor:
         """Weight that a shared update is merged into."""
-        return cast(nn.Parameter, self.get_base_layer().weight)
+        return cast(Tensor, self.get_base_layer().weight)
+
+    def _set_root_weight(self, value: Tensor) -> None:
+        """Put values into that weight."""
+        self._root_weight().data = value
 
     # -- adapters ---------------------------------------------------------------------------------------
 
@@ -123,6 +129,7 @@ class STLoraLayer(AdapterModule):
         for replaced in (self.num_nodes, self.layout, *(getattr(self, name) for name in self.adapter_layer_names)):
             if adapter_name in replaced:
                 del replaced[adapter_name]
+        self.ran_with = []
         if config.num_nodes is not None:
             self.num_nodes[adapter_name] = config.num_nodes
         if layout is not None:
@@ -200,6 +207,7 @@ class STLoraLayer(AdapterModule):
 
     def _active_updates(self, z: Tensor) -> Tensor | None:
         """Sum of the updates of the active adapters that this layer has, or None."""
+        self.ran_with = self.active_adapters
         total: Tensor | None = None
         for name in self.active_adapters:
             if name in self.nall_B:
@@ -217,7 +225,11 @@ class STLoraLayer(AdapterModule):
         if self.merged:
             return out
         update = self._active_updates(self._root(x))
-        return out if update is None else out + update.to(out.dtype)
+        return out if update is None else self._sum(out, update)
+
+    def _sum(self, out: Any, update: Tensor) -> Tensor:
+        """Output of the wrapped layer with an update."""
+        return cast(Tensor, out + update.to(out.dtype))
 
     # -- merging ----------------------------------------------------------------------------------------
 
@@ -247,8 +259,7 @@ class STLoraLayer(AdapterModule):
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.nall_B]
         if names:
-            merged = self.merged_weight(names, safe_merge)
-            self._root_weight().data = merged
+            self._set_root_weight(self.merged_weight(names, safe_merge))
             self.merged_adapters.extend(names)
 
     def merged_weight(self, adapter_names: list[str], safe_merge: bool = False) -> Tensor:
@@ -272,8 +283,8 @@ class STLoraLayer(AdapterModule):
     def unmerge(self) -> None:
         """Take merged adapters out of the wrapped layer's weights again; nothing happens if there are none."""
         while self.merged_adapters:
-            weight = self._root_weight()
-            weight.data = weight.data - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype)
+            weight = self._root_weight().data
+            self._set_root_weight(weight - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype))
 
     def __getattr__(self, name: str) -> Any:
         """Forward what the backbone asks of its layer, e.g. ``hidden_size``."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from stlora_peft.errors import message
+from stlora_peft.tuner.bare_layers import STLoraGCLSTM
 from stlora_peft.tuner.config import STLoraConfig
 from stlora_peft.tuner.guards import check_backbone_config, check_cached_graphs, check_names
 from stlora_peft.tuner.hosts import host_class
@@ -118,7 +119,8 @@ class STLoraModel(PreparingTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         check_supported(base, current_key, parent)
         alpha_key = get_pattern_key(list(config.alpha_pattern), current_key)
-        layer = target if isinstance(target, STLoraLayer) else cast(Any, host_class(target))(target, current_key)
+        adapted = isinstance(target, STLoraLayer | STLoraGCLSTM)
+        layer = cast(Any, target if adapted else cast(Any, host_class(target))(target, current_key))
         layer.update_layer(
             adapter_name,
             config,

@@ -11,14 +11,16 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from stlora_peft.errors import message
+from stlora_peft.tuner.bare_layers import STLoraGates, STLoraGCLSTM
 from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
 from stlora_peft.tuner.host_layers import STLoraLinear
-from stlora_peft.tuner.hosts import HostLayer, host_class, host_names, registered_hosts, remember
+from stlora_peft.tuner.hosts import HostLayer, host_class, host_names, inner_targets, registered_hosts, remember
 from stlora_peft.tuner.identity import check_fingerprint, fingerprint
 from stlora_peft.tuner.manifest import check_tensors, expected_tensors
 from stlora_peft.tuner.node_bound import NodeBoundLayer, bound_size, find_module, spec_of
 from stlora_peft.tuner.nodes import NodeTable
 from stlora_peft.tuner.predictor import PredictorLayer, required_size
+from stlora_peft.tuner.probe import stop_watching, watch_targets
 
 logger = logging.getLogger("stlora_peft")
 
@@ -31,6 +33,15 @@ class PreparingTuner(BaseTuner):
         """Read the backbone's configuration; what is no dictionary counts as none."""
         config = BaseTuner.get_model_config(model)
         return config if isinstance(config, dict) else {"model_type": "custom"}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter on the backbone, and have the targets that are never called reported."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        watch_targets(model, adapter_name)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        stop_watching(self.model)
+        return cast(Any, super())._unload_and_optionally_merge(*args, **kwargs)  # annotated to return nothing
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         config = cast(STLoraConfig, peft_config)
@@ -84,7 +95,7 @@ class PreparingTuner(BaseTuner):
                 continue
             if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
                 inner.append(f"{key}.")
-            if not isinstance(module, (NodeBoundLayer, NodeTable, PredictorLayer)):
+            if not isinstance(module, (NodeBoundLayer, NodeTable, PredictorLayer, STLoraGates)):
                 yield key, module
 
     def _module_names(self) -> Iterator[str]:
@@ -130,7 +141,7 @@ class PreparingTuner(BaseTuner):
     def _targets(self, config: STLoraConfig) -> dict[str, nn.Module]:
         """Layers to adapt by name, without the adapters that they may have."""
         return {
-            key: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            key: _without_adapters(module)
             for key, module in self._candidates()
             if check_target_module_exists(config, key)
         }
@@ -138,9 +149,10 @@ class PreparingTuner(BaseTuner):
     def _check_targets(self, config: STLoraConfig) -> None:
         targets = self._targets(config)
         config.host_layers = registered_hosts(list(targets.values()))
+        wrapped = [key for key, base in targets.items() if getattr(host_class(base), "inner", None) is None]
         for key, base in targets.items():
             check_supported(base, key, self.model.get_submodule(key.rpartition(".")[0]))
-            outer = next((other for other in targets if key.startswith(f"{other}.")), None)
+            outer = next((other for other in wrapped if key.startswith(f"{other}.")), None)
             if outer is not None:
                 raise ValueError(
                     message(
@@ -163,7 +175,8 @@ class PreparingTuner(BaseTuner):
 
     def _check_saved_tensors(self, config: STLoraConfig, name: str) -> None:
         if config.tensors is not None:
-            layers = {key: (base, layer_rank(config, key)) for key, base in self._targets(config).items()}
+            targets = self._targets(config).items()
+            layers = {_adapter_path(key, base): (base, layer_rank(config, key)) for key, base in targets}
             bound = {key: self._node_bound(key) for key in config.node_bound or []}
             check_tensors(self.model, config.tensors, expected_tensors(config, layers, bound), name)
             config.tensors = None
@@ -174,6 +187,19 @@ class PreparingTuner(BaseTuner):
             check_fingerprint(config.base_fingerprint, found, name)
         elif config.freeze_backbone:
             config.base_fingerprint = found
+
+
+def _without_adapters(module: nn.Module) -> nn.Module:
+    """The backbone's own layer."""
+    if isinstance(module, STLoraGCLSTM):
+        return module.cell
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _adapter_path(key: str, base: nn.Module) -> str:
+    """Name of the module that holds the adapters of layer ``key``."""
+    inner = getattr(host_class(base), "inner", None)
+    return f"{key}.{inner}" if inner else key
 
 
 def layer_rank(config: STLoraConfig, key: str) -> int:
@@ -192,6 +218,8 @@ def check_supported(layer: nn.Module, key: str, parent: nn.Module) -> None:
         if refusal is None:
             return
         reason = f"{reason}; {refusal}"
+    elif inner_targets(layer):
+        reason = f"{reason}; its convolutions can be targets instead: {', '.join(inner_targets(layer))}"
     raise ValueError(
         message(
             f"layer '{key}' cannot be adapted",

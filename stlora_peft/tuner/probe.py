@@ -1,7 +1,8 @@
-"""Find the axis patterns of a backbone's layers by running it on an example."""
+"""What running a backbone tells of its layers: the axis patterns of their inputs, and which are never called."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from stlora_peft.errors import message
 from stlora_peft.tuner.hosts import host_class
+from stlora_peft.tuner.layers import STLoraLayer
 from stlora_peft.tuner.layout import infer_layout, layout_readings
 
 
@@ -116,15 +118,72 @@ def _read(key: str, module: nn.Module, first: dict[str, Tensor], second: dict[st
         )
     host = host_class(module)
     wrapper = host(module, key) if host else None
-    x = first[key]
+    x, changed = (wrapper._root(seen[key]) if wrapper else seen[key] for seen in (first, second))
     channel = wrapper.channel(x.ndim) if wrapper else x.ndim - 1
     axes = wrapper.node_axes(x.ndim) if wrapper else tuple(range(x.ndim - 1))
     readings = layout_readings(x.shape, num_nodes, channel, axes)
     folds = [reading for reading in readings if "(" in reading]
     if len(folds) == len(readings) == 2:
         axis = next(i for i in axes if x.shape[i] > num_nodes and x.shape[i] % num_nodes == 0)
-        rows = (x != second[key]).movedim(axis, 0).flatten(1).any(1).nonzero().flatten()
+        rows = (x != changed).movedim(axis, 0).flatten(1).any(1).nonzero().flatten()
         slow, fast = bool((rows < num_nodes).all()), bool((rows % (x.shape[axis] // num_nodes) == 0).all())
         if len(rows) and slow != fast:
             return next(reading for reading in folds if ("(b n)" if slow else "(n b)") in reading)
     return infer_layout(x.shape, num_nodes, channel, axes, f"layer '{key}'").pattern
+
+
+class UnreachedTargets:
+    """Forward hook of an adapted backbone: warns of targets that its first forward with an adapter does not call.
+
+    It goes once every adapter has been reported. A layer that PEFT replaced may still have its weight read by the
+    backbone instead of being called, which nothing but a forward can tell.
+    """
+
+    def __init__(self) -> None:
+        self.adapters: set[str] = set()
+
+    def __call__(self, backbone: nn.Module, args: Any, output: Any) -> None:
+        """Report the adapters that are active for the first time."""
+        if torch.compiler.is_compiling():
+            return
+        found = (module for module in backbone.modules() if isinstance(module, STLoraLayer))
+        first = next(found, None)  # all of them have the same adapters active
+        running = self.adapters.intersection(first.active_adapters) if first else set()
+        if first is None or not running or first.disable_adapters or first.merged:
+            return
+        layers = [first, *found]
+        for name in sorted(running):
+            own = [layer for layer in layers if name in layer.nall_B]
+            _warn_unreached(name, [layer.name for layer in own if name not in layer.ran_with])
+        waiting = self.adapters - running
+        self.adapters = {name for name in waiting if any(name in layer.nall_B for layer in layers)}
+        if not self.adapters:
+            stop_watching(backbone)
+
+
+def watch_targets(backbone: nn.Module, adapter_name: str) -> None:
+    """Have the targets of an adapter reported that its first forward does not call."""
+    hook = next((hook for hook in backbone._forward_hooks.values() if isinstance(hook, UnreachedTargets)), None)
+    if hook is None:
+        hook = UnreachedTargets()
+        backbone.register_forward_hook(hook)
+    hook.adapters.add(adapter_name)
+
+
+def stop_watching(backbone: nn.Module) -> None:
+    """Remove the hook of :func:`watch_targets`, if it is there."""
+    for key, hook in list(backbone._forward_hooks.items()):
+        if isinstance(hook, UnreachedTargets):
+            del backbone._forward_hooks[key]
+
+
+def _warn_unreached(adapter_name: str, layers: list[str]) -> None:
+    if layers:
+        text = message(
+            f"stlora adapter '{adapter_name}' on {', '.join(map(repr, layers))}: not called by the forward",
+            expected="layers that the backbone calls",
+            got="no call",
+            fix="leave them out of target_modules: an adapter there has no effect; ignore this if another input leads "
+            "there",
+        )
+        warnings.warn(text, UserWarning, stacklevel=2)

@@ -154,8 +154,9 @@ class GCLSTMForecaster(ChebForecaster):
         h_t = o_t \odot \tanh(c_t), \\
         \hat y_n &= W h_{T,n} + b \; [\, + x_{T,n} \,]
 
-    The matrices are bare parameters of the cell, ``W_i`` to ``W_o``, and not among the default targets. With a window
-    of one step the state is zero when the convolutions read it, so that nothing in them trains.
+    The matrices are bare parameters of the cell, ``W_i`` to ``W_o``, and adapted with it (target ``cell``); its
+    convolutions are targets of their own. With a window of one step the state is zero when the convolutions read it,
+    so that nothing in them trains.
 
     It fits any number of nodes.
 
@@ -195,7 +196,7 @@ class GCLSTMForecaster(ChebForecaster):
     name = "gclstm"
     upstream = "GCLSTM"
     num_states = 2
-    stlora_spec = cell_spec(("conv_i", "conv_f", "conv_c", "conv_o"), "b n c")
+    stlora_spec = cell_spec(("cell", "conv_i", "conv_f", "conv_c", "conv_o"), "b n c")
 
 
 def _with_cached_graphs(cell: Any) -> Any:
