@@ -192,7 +192,7 @@ def test_wrong_number_of_nodes_names_axis_part_and_fix(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in CLASSES if name != "gman"])  # which takes no edges
 def test_edges_of_another_graph_are_refused(name: str) -> None:
     for edges, weights in ((EDGES + 3, None), (EDGES, torch.ones(3)), (EDGES.T, None), (EDGES.double(), None)):
-        with pytest.raises(ValueError, match=r"^graph convolution: the graph does not fit\.\n  expected: "):
+        with pytest.raises(ValueError, match=r"^the graph does not fit the nodes\.\n  expected: "):
             build(name)(windows(), edges, weights)
 
 

@@ -234,7 +234,7 @@ def test_cheb_in_bfloat16_takes_single_precision_weights() -> None:
 REFUSALS = {
     "node": (
         {"edge_index": torch.tensor([[0, N], [1, 2]])},
-        f"node numbers from 0 to {N - 1}, for N={N} on axis 'n' of '... n c'",
+        f"node numbers from 0 to {N - 1}, for N={N} nodes",
         f"numbers from 0 to {N}",
         "give the graph of the city that x belongs to",
     ),
@@ -256,7 +256,7 @@ REFUSALS = {
 @pytest.mark.parametrize("case", REFUSALS)
 def test_cheb_unfit_graph_is_refused(case: str) -> None:
     call, expected, got, fix = REFUSALS[case]
-    text = f"graph convolution: the graph does not fit.\n  expected: {expected}\n  got:      {got}\n  to fix:   {fix}"
+    text = f"the graph does not fit the nodes.\n  expected: {expected}\n  got:      {got}\n  to fix:   {fix}"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         CachedChebConv(3, 4, 3)(torch.zeros(N, 3), **call)
 

@@ -177,8 +177,10 @@ def test_infer_with_several_readings_shows_shape_and_readings(shape, readings):
     assert lines["where"] == "layer 'x': the node axis cannot be found"
     assert lines["expected"] == "exactly one axis of N=5 nodes"
     assert lines["got"] == f"an input of shape {shape}, which reads as {readings}"
-    first = readings.split(" or ")[0]
-    assert lines["fix"] == f"say it in STLoraConfig: node_layout={{<layer name>: {first}}}"
+    assert lines["fix"] == (
+        "say which is true in STLoraConfig(node_layout={<layer name>: <pattern>}), or let find_layouts find it "
+        "with sizes that cannot be confused"
+    )
 
 
 def test_infer_without_a_reading_blames_the_number_of_nodes():

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from stlora_peft.backbones.graphs import check_graph
 from stlora_peft.errors import message
 from stlora_peft.tuner.spec import BackboneSpec
 
@@ -90,9 +91,10 @@ class Forecaster(nn.Module):
             - **output:** :math:`(B, H, N, C_{out})`
 
         Raises:
-            ValueError: If the shape of ``x`` does not fit the network.
+            ValueError: If the shape of ``x`` does not fit the network, or the edges do not fit its nodes.
         """
         self.check_input(x)
+        check_graph(edge_index, edge_weight, x.shape[2])
         change = self.decode(x, edge_index, edge_weight)  # [b n (t c)]
         forecast = change.reshape(*change.shape[:2], self.horizon, self.out_channels).transpose(1, 2)  # [b t n c]
         return forecast + x[:, -1:, :, : self.out_channels] if self.residual else forecast

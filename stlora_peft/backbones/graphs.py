@@ -29,7 +29,7 @@ def check_graph(edge_index: Tensor, edge_weight: Tensor | None, num_nodes: int) 
         )
     if edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < num_nodes:
         _refuse_graph(
-            f"node numbers from 0 to {num_nodes - 1}, for N={num_nodes} on axis 'n' of '... n c'",
+            f"node numbers from 0 to {num_nodes - 1}, for N={num_nodes} nodes",
             f"numbers from {int(edge_index.min())} to {int(edge_index.max())}",
             "give the graph of the city that x belongs to",
         )
@@ -91,7 +91,7 @@ def union(edge_index: Tensor, edge_values: Tensor, copies: int, num_nodes: int) 
 
 def _refuse_graph(expected: str, got: str, fix: str) -> None:
     """Raise the error of an unfit graph."""
-    raise ValueError(message("graph convolution: the graph does not fit", expected=expected, got=got, fix=fix))
+    raise ValueError(message("the graph does not fit the nodes", expected=expected, got=got, fix=fix))
 
 
 def transition(weights: Tensor) -> Tensor:

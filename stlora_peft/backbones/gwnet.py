@@ -109,7 +109,7 @@ class DiffusionConv(nn.Module):
         for matrix in matrices:
             hop = x
             for _ in range(self.order):
-                hop = hop @ matrix.T
+                hop = F.linear(hop.flatten(0, 2), matrix).view_as(hop)  # of rows: one kernel, trained or frozen
                 heard.append(hop)
         mixed: Tensor = self.mix(torch.cat(heard, 1))
         return mixed

@@ -84,7 +84,7 @@ def _import_error(error: Exception) -> ImportError:
         got = f"{type(error).__name__}: {error}"
     text = message(
         "torch-geometric-temporal cannot be imported",
-        expected="torch-geometric and torch-geometric-temporal 0.56.2, which every backbone but 'lstm' is built from",
+        expected="torch-geometric and torch-geometric-temporal 0.56.2, which this backbone is made of",
         got=got,
         fix=fix,
     )

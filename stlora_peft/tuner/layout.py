@@ -190,7 +190,8 @@ def infer_layout(shape: Sequence[int], num_nodes: int, channel: int, node_axes: 
             f"{where}: the node axis cannot be found",
             expected=f"exactly one axis of N={num_nodes} nodes",
             got=got,
-            fix=f"say it in STLoraConfig: node_layout={{<layer name>: {readings[0]!r}}}"
+            fix="say which is true in STLoraConfig(node_layout={<layer name>: <pattern>}), or let find_layouts "
+            "find it with sizes that cannot be confused"
             if readings
             else "build the adapter with this city's number of nodes, or say in node_layout where the nodes are",
         )

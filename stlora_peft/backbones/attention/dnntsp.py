@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stlora_peft.backbones import tgt
-from stlora_peft.backbones.graphs import check_graph
 from stlora_peft.backbones.nodes import NodeBound, NodeBoundForecaster, mean_entry
 from stlora_peft.tuner.spec import BackboneSpec
 
@@ -205,7 +204,6 @@ class DNNTSP(NodeBoundForecaster):
 
     def decode(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> Tensor:
         """Convolve each step over the graph, attend along time, and sum each node's steps up."""
-        check_graph(edge_index, edge_weight, x.shape[2])
         steps = self.stacked_gcn(self.encoder(x).flatten(0, 1), edge_index, edge_weight)  # [(b t) n c]
         rows = steps.unflatten(0, x.shape[:2]).transpose(1, 2).flatten(0, 1)  # [(b n) t c]
         states = self.aggregate(self.attention(rows)).unflatten(0, (-1, x.shape[2]))  # [b n c]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from stlora_peft.backbones.base import Forecaster
-from stlora_peft.backbones.graphs import check_graph, union
+from stlora_peft.backbones.graphs import union
 from stlora_peft.errors import message
 from stlora_peft.tuner.spec import BackboneSpec
 
@@ -67,7 +67,6 @@ class RecurrentForecaster(Forecaster):
         Raises:
             ValueError: If the edges do not fit the nodes.
         """
-        check_graph(edge_index, edge_weight, x.shape[2])
         if edge_weight is None:
             edge_weight = x.new_ones(edge_index.shape[1])
         features = self.encode(x, edge_index, edge_weight)
