@@ -46,7 +46,7 @@ def test_convert_puts_readings_names_graph_and_clock_into_one_file(pems: Path, t
     named = ["--start", "2018-09-01T00:00", "--quantity", "flow (vehicles per 5 min)"]
     found = answer("convert", pems / "PEMS03.npz", *given, *named, "--out", out)
     city = load_city(out)
-    assert (city.name, city.node_ids, city.interval_minutes) == ("PEMS03", ("316", "317", "400"), 5)
+    assert (city.name, city.node_ids, city.interval_minutes) == ("pems03", ("316", "317", "400"), 5)
     assert (str(city.start), city.quantity) == ("2018-09-01 00:00:00", "flow (vehicles per 5 min)")
     expected = np.load(pems / "PEMS03.npz")["data"][..., :1]
     np.testing.assert_array_equal(city.values, np.where(expected == 0, np.nan, expected))
@@ -68,7 +68,7 @@ def test_convert_puts_readings_names_graph_and_clock_into_one_file(pems: Path, t
 
 def test_convert_says_what_it_wrote_and_what_comes_next(cities: str, tmp_path: Path) -> None:
     shown = run("convert", cities.split(",")[0], "--out", tmp_path / "copy.npz").stdout
-    assert "here: 4 sensors, 4 edges, 192 steps of 60 minutes from 2024-03-04T00:00:00, speed" in shown
+    assert "copy: 4 sensors, 4 edges, 192 steps of 60 minutes from 2024-03-04T00:00:00, speed" in shown
     assert f"stlora pretrain {tmp_path / 'copy.npz'} --backbone stgcn --out runs/copy" in shown
 
 
@@ -124,6 +124,8 @@ def test_table_of_one_regime_without_baselines_and_without_matplotlib(
         (["--backbones", " , "], "table cannot be used", "none"),
         (["--regimes", "both"], "regime in a table cannot be used", "both"),
         (["--baselines", "ha,mean"], "baseline in a table cannot be used", "mean"),
+        (["--seeds", "0"], "table cannot be used", "none"),
+        (["--seeds", "one"], "option '--seeds' cannot be read", "'one'"),
         (["--shares", "0.6"], "option '--shares' cannot be read", "'0.6'"),
         (["--shares", "0.6,much"], "option '--shares' cannot be read", "'0.6,much'"),
         (["--shares", "0.9,0.2"], "shares of the parts are out of range", "train_share=0.9, val_share=0.2"),
@@ -139,6 +141,13 @@ def test_table_with_equal_shares_is_read_as_two(cities: str, tmp_path: Path) -> 
     only = ["--baselines", "ha", "--regimes", "joint", "--cities", cities.split(",")[0], "--shares", "0.3,0.3"]
     assert run("table", *BUDGET, *only, "--out", tmp_path).exit_code == 0
     assert "| shares | 0.3, 0.3 |" in (tmp_path / "results.md").read_text()
+
+
+def test_table_takes_a_number_of_seeds_or_a_list(cities: str, tmp_path: Path) -> None:
+    only = ["--baselines", "ha", "--regimes", "joint", "--cities", cities.split(",")[0]]
+    for given, expected in (("2", [0, 1]), ("3,1", [3, 1])):
+        rows = answer("table", *BUDGET, *only, "--seeds", given, "--out", tmp_path)["rows"]
+        assert [row["seed"] for row in rows if row["model"] == "ha"] == expected
 
 
 def test_table_with_another_budget_in_the_same_folder_is_refused(cities: str, tmp_path: Path) -> None:

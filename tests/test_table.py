@@ -254,6 +254,8 @@ def test_progress_bar_and_evaluation_batches_are_no_other_settings(folder: Path,
 
 def test_another_citys_readings_are_other_settings() -> None:
     assert LSTM.settings(CITY, "lstm") != LSTM.settings(OTHER, "lstm")
+    assert LSTM.settings(CITY, "lstm") != LSTM.settings(replace(CITY, start=None), "lstm")
+    assert LSTM.settings(CITY, "lstm") != LSTM.settings(replace(CITY, interval_minutes=30), "lstm")
     assert LSTM.settings(CITY, "ha") == replace(LSTM, stride=5).settings(CITY, "ha")  # a baseline reads every step
 
 

@@ -45,7 +45,7 @@ def compare(
 ) -> None:
     """Compare ways to bring a backbone to another city.
 
-    Every row is written when it is there: an interrupted comparison goes on where it stopped.
+    Every row is kept as soon as it is measured: an interrupted comparison goes on where it stopped.
     """
     screen = output.screen()
     with screen.working("reading the city and the backbone"):

@@ -9,12 +9,12 @@ import typer
 from rich.markup import escape
 
 from stlora_peft.cli.files import check_new
-from stlora_peft.cli.options import Force, Output, Reading
+from stlora_peft.cli.options import Force, Output, Reading, named
 from stlora_peft.cli.screen import bold
 
 EXAMPLE = (
     "Example:  stlora convert PEMS04.npz --graph PEMS04.csv --channels 0 --start 2018-01-01T00:00 "
-    "--quantity 'flow (vehicles per 5 min)' --out pems04.npz"
+    "--quantity 'flow (vehicles per 5 min)' --out cities/pems04.npz"
 )
 
 
@@ -24,7 +24,7 @@ def convert(
     output: Output,
     force: Force = False,
 ) -> None:
-    """Write a city with its graph into one file, for commands that read several cities.
+    """Write a city with its graph into one file, and name it after that file.
 
     Reads METR-LA and PEMS-BAY (.h5 and an adjacency matrix), PEMS03, 04, 07 and 08 (.npz and a list of distances).
     """
@@ -33,7 +33,7 @@ def convert(
     with screen.working("reading the city"):
         import numpy as np
 
-        city = reading.city()
+        city = named(reading.city(), name=out.stem)
         city.save(out)
     missing = float(np.isnan(city.values).mean())
     facts = {

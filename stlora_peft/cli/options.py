@@ -99,7 +99,7 @@ class Reading:
             FileNotFoundError: If a file is absent.
             ValueError: If a file or an option cannot be used.
         """
-        from stlora_peft.data import City, load_city
+        from stlora_peft.data import load_city
 
         city = load_city(
             self.city_file,
@@ -110,10 +110,7 @@ class Reading:
             dead_sensors=self.dead_sensors,
             start=self.start,
         )
-        if self.quantity is None:
-            return city
-        known = {field.name: getattr(city, field.name) for field in fields(city)}
-        return City(**{**known, "quantity": self.quantity}, dead_sensors="keep")
+        return city if self.quantity is None else named(city, quantity=self.quantity)
 
     def words(self) -> list[str]:
         """Options to repeat in the next command, so that it reads the same city."""
@@ -124,6 +121,14 @@ class Reading:
                 option = "--" + field.name.replace("_", "-")
                 given += [option] if value is True else [option, str(value)]
         return given
+
+
+def named(city: City, **names: str) -> City:
+    """Call a city, or what is measured there, otherwise."""
+    from stlora_peft.data import City
+
+    known = {field.name: getattr(city, field.name) for field in fields(city)}
+    return City(**{**known, **names}, dead_sensors="keep")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ def pretrain(
     backbone: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="Network: stgcn, lstm, agcrn, ...; a wrong name lists all.", rich_help_panel=_BACKBONE
+            metavar="NAME",
+            help="Network: stgcn, gwnet, ...; a wrong name lists all.",
+            rich_help_panel=_BACKBONE,
         ),
     ] = "stgcn",
     width: Annotated[

@@ -51,8 +51,13 @@ def table(
         ),
     ] = "joint,adapt",
     seeds: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Trainings of each, with seeds 0 to N - 1.", rich_help_panel=_PLAN)
-    ] = 5,
+        str,
+        typer.Option(
+            metavar="N",
+            help="Trainings of each, with seeds 0 to N - 1; or which: 0,1,2.",
+            rich_help_panel=_PLAN,
+        ),
+    ] = "5",
     shares: Annotated[
         str,
         typer.Option(
@@ -69,7 +74,7 @@ def table(
         bool,
         typer.Option(
             "--quick",
-            help="Minutes instead of hours: narrow networks, every 4th window, 10 epochs.",
+            help="A first look: narrow networks, every 4th window, 10 epochs.",
             rich_help_panel=_TRAINING,
         ),
     ] = False,
@@ -106,8 +111,8 @@ def table(
 ) -> None:
     """Compare backbones without and with ST-LoRA, as the table of its paper does.
 
-    Everything is kept when it is there: an interrupted table goes on where it stopped, and several commands may fill
-    one folder at once, each with other cities or other backbones. The last one, with all of them, then only reads.
+    Every row is kept as soon as it is measured: an interrupted table goes on where it stopped, and several commands
+    may fill one folder at once, each with other cities or other backbones. The last one, with all of them, only reads.
     """
     screen = output.screen()
     with screen.working("reading the cities"):
@@ -119,7 +124,7 @@ def table(
             backbones=_names(backbones),
             baselines=_names(baselines),
             regimes=_names(regimes),
-            seeds=tuple(range(seeds)),
+            seeds=_seeds(seeds),
             sizes=SMALL_SIZES if quick else PAPER_SIZES,
             shares=_shares(shares),
             time_features=time_features,
@@ -195,6 +200,12 @@ def _show(screen: Screen, rows: list[dict[str, Any]], city: City) -> None:
 def _names(text: str) -> list[str]:
     """Read names between commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _seeds(text: str) -> list[int]:
+    """Read how many seeds, or which."""
+    numbers = read_list("--seeds", text, int)
+    return numbers if "," in text else list(range(numbers[0]))
 
 
 def _shares(text: str) -> tuple[float, float]:

@@ -42,7 +42,7 @@ SMALL_SIZES: Mapping[str, Mapping[str, int]] = {
         "num_layers": 1,
     },
 }
-"""Narrow networks, to see a table in minutes."""
+"""Narrow networks, for a first look."""
 _NOT_SHARED = ("seed", "progress", "eval_batch_size")  # options that the rows of one table may differ in
 
 
@@ -118,7 +118,8 @@ class Plan:
             city: The city.
             model: Name of the backbone or of the baseline.
         """
-        content = hashlib.sha256(json.dumps([model, self._description(model)], sort_keys=True, default=str).encode())
+        chosen = [model, self._description(model), city.interval_minutes, city.start]
+        content = hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode())
         for array in (city.values, city.edge_index, city.edge_weight):
             content.update(np.ascontiguousarray(array).tobytes())
         return content.hexdigest()[:16]

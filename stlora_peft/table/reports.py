@@ -20,8 +20,8 @@ TITLES = {
 }
 LEGEND = (
     "Errors on the test part, mean ± sample standard deviation over seeds. `+` is the backbone with an adapter, Δ the "
-    "difference that it makes, seed by seed (below zero: better); `longer` is the backbone alone, trained on for as "
-    "many steps as its adapter was. A baseline has no seed."
+    "difference that it makes, seed by seed (below zero: better); `NAME-longer` is the backbone alone, trained on for "
+    "as many steps as its adapter was, and Δ longer the difference to it. A baseline has no seed."
 )
 
 

@@ -38,9 +38,10 @@ def make_table(cities: Sequence[City], plan: Plan, output_dir: str | os.PathLike
 
     Each seed of a backbone on a city means up to four trainings with one budget: the backbone from scratch; the same
     first weights with an adapter, both from scratch (**joint**); an adapter on the trained and frozen backbone
-    (**adapt**); and, as its control, the trained backbone alone for as many steps as that adapter took. Models and
-    rows of a backbone are kept in a folder of their own, so an interrupted table goes on where it stopped, and
-    several programs may fill one folder at once, each with other cities or other backbones.
+    (**adapt**); and, as its control, the trained backbone alone for as many steps as that adapter took. The rows of a
+    backbone, the trained backbone and the adapter on it are kept in a folder of their own, so an interrupted table
+    goes on where it stopped, and several programs may fill one folder at once, each with other cities or other
+    backbones.
 
     Args:
         cities: Cities with different names.
@@ -49,9 +50,9 @@ def make_table(cities: Sequence[City], plan: Plan, output_dir: str | os.PathLike
 
     Returns:
         Rows with the keys ``city``, ``regime``, ``model``, ``stlora``, ``seed``, and ``mae``, ``rmse``, ``mape``,
-        each by the steps ``"3"``, ``"6"``, ``"12"`` and ``"average"``; also ``parameters``,
-        ``trainable_parameters``, ``best_val_mae``, ``best_epoch``, ``epochs``, ``seconds`` and ``settings``, a hash
-        of all that rows must share to be compared. A baseline has no seed: its numbers stand in every regime and for
+        each by the steps ``"3"``, ``"6"``, ``"12"`` and ``"average"``, and ``settings``, a hash of all that a row
+        depends on but its seed; those of backbones also ``parameters``, ``trainable_parameters``, ``best_val_mae``,
+        ``best_epoch``, ``epochs`` and ``seconds``. A baseline has no seed: its numbers stand in every regime and for
         every seed. ``model`` is ``"NAME-longer"`` for the control.
 
     Raises:
@@ -252,6 +253,6 @@ def _check_names(cities: Sequence[City]) -> None:
                 "cities of a table cannot be told apart" if names else "a table needs a city",
                 expected="at least one city, each with a name of its own",
                 got=", ".join(names) or "none",
-                fix="give files with different names",
+                fix="leave one out, or name it otherwise: 'stlora convert' names a city after the file that it writes",
             )
         )

@@ -241,7 +241,7 @@ def rebuild(backbone: nn.Module, num_nodes: int, node_bound: Iterable[str] | Non
         node_bound: Names of the modules with one entry for each node; None takes the backbone's own list.
 
     Returns:
-        The copy, its node-bound modules warm-started by the mean over the old nodes.
+        The copy, its node-bound modules as :func:`resize` makes them.
 
     Raises:
         ValueError: If a name is not in the backbone or its module cannot be rebuilt.
