@@ -2,7 +2,7 @@
 
 Run:       python benchmarks/write_readme.py            writes README.md
            python benchmarks/write_readme.py --check    exits 1 if README.md is not up to date
-           python benchmarks/write_readme.py --quick    leaves out what the compilers can do, which takes minutes
+           python benchmarks/write_readme.py --quick    does not ask the compilers again, which takes minutes
 
 Everything between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced.
 """
@@ -24,6 +24,7 @@ from torch import nn
 from stlora_peft import STLoraConfig
 from stlora_peft.backbones import BACKBONES, backbone_class, build_backbone
 from stlora_peft.files import atomic_write
+from stlora_peft.tuner.bare_layers import STLoraGates
 from stlora_peft.tuner.conditioning import CONDITIONINGS
 from stlora_peft.tuner.graph_layers import STLoraGraphConv
 from stlora_peft.tuner.host_layers import STLoraConv, STLoraLinear
@@ -39,6 +40,7 @@ EDGES = torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 0]])
 
 KINDS: dict[type[STLoraLayer], str] = {
     STLoraLinear: "linear",
+    STLoraGates: "linear",  # before what it is derived from
     STLoraConv: "convolution",
     STLoraGraphConv: "graph convolution",
     STLoraRecurrent: "recurrent",
@@ -56,34 +58,40 @@ def works(trial: Callable[[], bool]) -> str:
         return "no"
 
 
-def backbone_grid() -> str:
-    """Try every feature on every backbone and lay the answers out as a table."""
-    header = [
-        "backbone",
-        "adapted by default",
-        "node-bound",
-        "five forms",
-        "predictor",
-        "another N",
-        "several adapters",
-        "save / load",
-        "merge (shared)",
-    ]
-    return table(header, [Trials(name).row() for name in sorted(BACKBONES)])
+COMPILERS = ("torch.compile", "torch.export")
 
 
-def compilers() -> str:
-    """Try the compilers on every backbone with an adapter and say which cannot."""
+def backbone_grid(known: dict[str, list[str]] | None) -> str:
+    """Try every feature on every backbone and lay the answers out as a table.
+
+    The compilers take minutes: where their answers are ``known``, by backbone, they are not asked again.
+    """
+    kinds = list(dict.fromkeys(KINDS.values()))
+    header = ["backbone", *kinds, "node-bound", "another N", "merge (shared)", *COMPILERS]
     trials = [Trials(name) for name in sorted(BACKBONES)]
-    cannot = {
-        "torch.compile": [trial.backbone.name for trial in trials if works(trial.compiles) == "no"],
-        "torch.export": [trial.backbone.name for trial in trials if works(trial.exports) == "no"],
+    rows = []
+    for trial in trials:
+        answers = trial.compilers() if known is None else known.get(trial.backbone.name, ["unknown"] * 2)
+        rows.append([*trial.row(kinds), *answers])
+    everywhere = {
+        "the five forms of conditioning": Trials.forms,
+        "the node-specific predictor": Trials.predicts,
+        "several adapters": Trials.several,
+        "saving and loading": Trials.loads,
     }
-    said = [
-        f"`{compiler}` takes every one of them" + (f" but {', '.join(f'`{name}`' for name in names)}" if names else "")
-        for compiler, names in cannot.items()
-    ]
-    return f"With an adapter on it, {', and '.join(said)}."
+    return "\n".join([table(header, rows), "", *(said(what, trial, trials) for what, trial in everywhere.items())])
+
+
+def said(what: str, trial: Callable[[Trials], bool], trials: list[Trials]) -> str:
+    """Say that every backbone has a feature, or which have not."""
+    without = [f"`{one.backbone.name}`" for one in trials if works(lambda one=one: trial(one)) == "no"]
+    return f"- {what}: all" + (f" but {', '.join(without)}" if without else "")
+
+
+def known_answers(readme: str) -> dict[str, list[str]]:
+    """What the README says of the compilers, by backbone."""
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", readme.partition("<!-- /backbones -->")[0], re.MULTILINE)
+    return {name: [cell.strip() for cell in cells.split("|")][-2:] for name, cells in rows}
 
 
 class Trials:
@@ -100,14 +108,21 @@ class Trials:
         """A city's model."""
         return get_peft_model(copy.deepcopy(self.backbone), STLoraConfig(num_nodes=num_nodes, **settings)).eval()
 
-    def kinds(self) -> str:
+    def kinds(self) -> set[str]:
         """Kinds of layers that are adapted unless the user names others."""
-        layers = [module for module in self.adapted().modules() if isinstance(module, STLoraLayer)]
-        return ", ".join(word for word in dict.fromkeys(KINDS.values()) if word in map(kind_of, layers))
+        return {kind_of(module) for module in self.adapted().modules() if isinstance(module, STLoraLayer)}
 
     def runs(self, model: nn.Module, num_nodes: int = 5) -> bool:
         """Whether a model gives finite forecasts."""
         return bool(model(torch.rand(2, 12, num_nodes, 3), EDGES).isfinite().all())
+
+    def forms(self) -> bool:
+        """Whether it runs in every form of conditioning."""
+        return all(self.runs(self.adapted(conditioning=form)) for form in CONDITIONINGS)
+
+    def predicts(self) -> bool:
+        """Whether it has a predictor behind it by default."""
+        return self.adapted().peft_config["default"].predictor is not None
 
     def several(self) -> bool:
         """Whether a second city's adapter can be added and used."""
@@ -143,17 +158,18 @@ class Trials:
             program = torch.export.export(model, (x, EDGES), strict=False)
             return torch.allclose(program.module()(x, EDGES), model(x, EDGES), atol=1e-4)
 
-    def row(self) -> list[str]:
-        """The backbone's row of the grid."""
+    def compilers(self) -> list[str]:
+        """What each compiler makes of it."""
+        return [works(self.compiles), works(self.exports)]
+
+    def row(self, kinds: list[str]) -> list[str]:
+        """The backbone's row of the grid; "-" is a layer that it does not have."""
+        found = self.kinds()
         return [
             f"`{self.backbone.name}`",
-            self.kinds(),
+            *("yes" if kind in found else "-" for kind in kinds),
             "yes" if self.backbone.stlora_spec.node_bound else "-",
-            works(lambda: all(self.runs(self.adapted(conditioning=form)) for form in CONDITIONINGS)),
-            works(lambda: self.adapted().peft_config["default"].predictor is not None),
             works(lambda: self.runs(self.adapted())),
-            works(self.several),
-            works(self.loads),
             works(self.merges),
         ]
 
@@ -202,10 +218,9 @@ def fill(text: str, parts: dict[str, str]) -> str:
 def main() -> int:
     """Write or check the README."""
     torch.manual_seed(0)
-    parts = {"backbones": backbone_grid(), "layers": layer_grid(), "results": results()}
-    if "--quick" not in sys.argv:
-        parts["compilers"] = compilers()
     current = README.read_text()
+    grid = backbone_grid(known_answers(current) if "--quick" in sys.argv else None)
+    parts = {"backbones": grid, "layers": layer_grid(), "results": results()}
     wanted = fill(current, parts)
     if "--check" in sys.argv:
         print("README.md is up to date" if current == wanted else "README.md is out of date: run this without --check")

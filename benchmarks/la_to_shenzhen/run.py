@@ -9,41 +9,27 @@ this file, then the README (``benchmarks/write_readme.py``).
 
 from __future__ import annotations
 
-import argparse
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-ROOT = FOLDER.parents[1]
+sys.path.insert(0, str(FOLDER.parent))
+
+from on_cities import CITIES, ROOT, keep, read_options, stlora  # noqa: E402 - found by the line above
+
 METHODS = "zero-shot,persistence,ha,var,svr,head,full,lora,st-lora"
-
-
-def stlora(*arguments: str | Path) -> None:
-    """Run the command as a user would."""
-    command = [sys.executable, "-m", "stlora_peft.cli", *map(str, arguments)]
-    print("$ stlora " + " ".join(map(str, arguments)), flush=True)
-    subprocess.run(command, cwd=ROOT, check=True)
 
 
 def main() -> None:
     """Pretrain where that has not been done, compare, and copy the results here."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs")
-    options = parser.parse_args()
-    source, target = options.data / "la-loop.npz", options.data / "shenzhen-flow.npz"
-    for file in (source, target):
-        if not file.exists():
-            print(f"skipped: '{file}' is not there; pass the folder of the data with --data")
-            return
+    options = read_options(__doc__)
+    source, target = (options.data / name for name in CITIES)
     base, out = options.runs / "la", options.runs / "compare"
     if not (base / "backbone.json").exists():
         stlora("pretrain", source, "--backbone", "stgcn", "--out", base)
-    stlora("compare", target, "--base", base, "--days", 3, "--methods", METHODS, "--seeds", "0,1,2", "--out", out)
-    for name in ("results.json", "results.md", "results.png"):
-        shutil.copyfile(out / name, FOLDER / name)
+    stlora("compare", target, "--base", base, "--days", "3", "--methods", METHODS, "--seeds", "0,1,2", "--out", out)
+    keep(out, FOLDER, ".json", ".md", ".png")
     subprocess.run([sys.executable, ROOT / "benchmarks" / "write_readme.py"], check=True)
 
 
