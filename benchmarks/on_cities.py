@@ -18,6 +18,7 @@ def read_options(description: str | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs")
     options = parser.parse_args()
+    options.data, options.runs = options.data.resolve(), options.runs.resolve()  # the command runs elsewhere
     for name in CITIES:
         if not (options.data / name).exists():
             print(f"skipped: '{options.data / name}' is not there; pass the folder of the data with --data")

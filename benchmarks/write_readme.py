@@ -192,8 +192,8 @@ def results() -> str:
     text = RESULTS.read_text()
     rows = [line for line in text.split("## Methods")[0].splitlines() if line.startswith("|")]
     methods = text.split("## Methods")[1].split("## Settings")[0].strip()
-    commit = re.search(r"\| commit \| (\w{8})", text)
-    where = f"commit {commit[1]}, " if commit else ""
+    commit = re.search(r"\| commit \| (\w{8})\w*( \+ changes)?", text)
+    where = f"commit {commit[1]}{commit[2] or ''}, " if commit else ""
     return "\n".join(
         [*rows, "", methods, "", f"MAE and RMSE in vehicles per step; {where}[settings](docs/results.md)."]
     )

@@ -28,7 +28,7 @@ from hosts import (
     states,
     tgt_layer,
 )
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch import Tensor, nn
 from toys import (
     CONDITIONINGS,
@@ -310,7 +310,7 @@ def test_cell_follows_mode_and_attributes_and_shows_its_own_name(backbone: Holde
     assert repr(layer).startswith("stlora.GCLSTM(")
     for mode in (True, False):
         layer.train(mode)
-        assert {module.training for module in (layer, cell, cell.conv_i, layer.gates)} == {mode}
+        assert {module.training for module in (layer, cell.conv_i, layer.gates)} == {mode}
     with pytest.raises(AttributeError, match="nothing"):
         _ = layer.nothing
 
@@ -380,3 +380,41 @@ def test_cell_of_several_types_of_nodes_is_refused() -> None:
         "torch_geometric_temporal.nn.hetero.heterogclstm.HeteroGCLSTM; it has 2 types of nodes, 'camera', 'sensor', "
         "and an adapter belongs to one"
     )
+
+
+def test_adapter_is_injected_from_the_keys_of_a_state_dict() -> None:
+    trained = get_peft_model(small_backbone("gclstm"), STLoraConfig(num_nodes=5, predictor=None))
+    prefix = "base_model.model."
+    tensors = {key.removeprefix(prefix): value for key, value in get_peft_model_state_dict(trained).items()}
+    tensors = {key: value for key, value in tensors.items() if "nall_" in key}
+    bare = small_backbone("gclstm")
+    inject_adapter_in_model(STLoraConfig(num_nodes=5, predictor=None), bare, state_dict=tensors)
+    found = {key.replace(".default", "") for key in bare.state_dict() if "nall_" in key}
+    assert found == set(tensors)
+    assert any("stlora_gates" in key for key in found)
+
+
+def test_cell_is_in_training_mode_whenever_what_stands_in_its_place_is() -> None:
+    model = get_peft_model(small_backbone("gclstm"), STLoraConfig(num_nodes=5)).train()
+    cell = model.get_base_model().cell
+    for module in model.modules():  # as those do who put the modes back one by one
+        module.training = False
+    for mode in (True, False):
+        cell.training = mode
+        call(model, 5)
+        assert cell.cell.training is mode
+
+
+def test_layouts_are_found_where_layers_are_called_by_keyword() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.attention(query=x, key=x, value=x)[0]
+            return out
+
+    assert find_layouts(Net(), torch.rand(3, 5, 8), num_nodes=5, target_modules=["attention"]) == {
+        "attention": "b n c"
+    }

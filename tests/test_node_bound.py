@@ -252,3 +252,15 @@ def test_node_bound_of_a_shared_adapter_needs_the_number_of_nodes():
     lines = raised(lambda: get_peft_model(Normalised(5), config))
     assert lines["where"] == "stlora adapter 'default': the number of nodes is not known"
     assert lines["expected"] == "STLoraConfig(num_nodes=<N>)"
+
+
+def test_backbone_that_trains_too_leaves_out_what_the_adapters_copies_replace():
+    backbone = small_backbone("gwnet")
+    model = get_peft_model(backbone, STLoraConfig(num_nodes=7, freeze_backbone=False))
+    call(model, 7).square().sum().backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not [name for name in trained if "embedding" in name and "base_layer.weight" in name]
+    copies = [name for name in trained if "nall_node_bound" in name]
+    assert len(copies) == 2
+    assert all(model.get_parameter(name).grad is not None for name in copies)
+    assert all("base_model.model.start_conv" not in name or name in trained for name, _ in model.named_parameters())

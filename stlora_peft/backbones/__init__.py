@@ -117,7 +117,7 @@ def new_backbone(name: str, data: CityData, *, seed: int, **sizes: Any) -> Forec
                 f"backbone '{name}' has no size {', '.join(unknown)}",
                 expected=f"of {', '.join(accepted)}",
                 got=", ".join(f"{key} = {sizes[key]}" for key in unknown),
-                fix="give the sizes of this network",
+                fix="leave it out, or give sizes of this network",
             )
         )
     of_city: dict[str, Any] = {

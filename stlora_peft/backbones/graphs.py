@@ -45,7 +45,7 @@ def dense_graph(edge_index: Tensor, edge_weight: Tensor | None, x: Tensor) -> Te
     """Matrix of the edge weights, source above target, parallel edges summed.
 
     Args:
-        edge_index: Edges, source above target.
+        edge_index: Edges, source above target, as :func:`check_graph` passes them.
         edge_weight: Weights of the edges; all one where absent.
         x: Input whose type and device the matrix takes, nodes on axis 2.
 
@@ -53,15 +53,11 @@ def dense_graph(edge_index: Tensor, edge_weight: Tensor | None, x: Tensor) -> Te
         - **x:** ``[b t n c]``
         - **output:** :math:`(N, N)`
 
-    Raises:
-        ValueError: If the edges do not fit the nodes.
-
     Example:
         >>> dense_graph(torch.tensor([[0, 0], [1, 1]]), None, torch.zeros(1, 1, 2, 1))
         tensor([[0., 2.],
                 [0., 0.]])
     """
-    check_graph(edge_index, edge_weight, x.shape[2])
     weight = x.new_ones(edge_index.shape[1]) if edge_weight is None else edge_weight.to(x.dtype)
     empty = x.new_zeros(x.shape[2], x.shape[2])
     return empty.index_put((edge_index[0], edge_index[1]), weight, accumulate=True)

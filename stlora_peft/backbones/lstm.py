@@ -14,7 +14,7 @@ class LSTMForecaster(Forecaster):
     .. math::
         \hat y_{n} = W\, \mathrm{LSTM}(x_{1,n}, \dots, x_{T,n})_T + b \; [\, + x_{T,n} \,]
 
-    Each node is a row of its own: nodes do not see each other, the graph is accepted and ignored, and the network
+    Each node is a row of its own: nodes do not see each other, the graph is checked and not used, and the network
     fits any number of nodes. It is the control that tells what a graph is worth.
 
     Args:

@@ -148,7 +148,7 @@ class STAEformer(NodeBoundForecaster):
         h \leftarrow \mathrm{layer}^{nodes}_{L} \circ \dots \circ \mathrm{layer}^{nodes}_{1} (h),
 
     each layer a :class:`SelfAttentionLayer`, and a linear map of all steps of a node is its forecast. Nodes only meet
-    in the attention over all of them: the edges are accepted and ignored. The table :math:`E` is bound to the nodes;
+    in the attention over all of them: the edges are checked and not used. The table :math:`E` is bound to the nodes;
     all else fits any number of them.
 
     The times are read off the last channels of the input, the encodings of :func:`stlora_peft.data.windows
@@ -176,7 +176,7 @@ class STAEformer(NodeBoundForecaster):
 
     Shapes:
         - **x:** :math:`(B, T, N, C_{in})`, ``[b t n c]``
-        - **edge_index**, **edge_weight:** ignored
+        - **edge_index**, **edge_weight:** checked, not used
         - **output:** :math:`(B, H, N, C_{out})`, ``[b t n c]``
 
     Units:

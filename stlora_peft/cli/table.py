@@ -181,7 +181,7 @@ def write_reports(
 def _show(screen: Screen, rows: list[dict[str, Any]], city: City) -> None:
     """Show the averages of a city, one table for each regime."""
     from stlora_peft.reports import horizon_name
-    from stlora_peft.table.reports import METRICS, TITLES, lines_of
+    from stlora_peft.table.reports import METRICS, TITLES, ends_group, lines_of
 
     for regime in dict.fromkeys(row["regime"] for row in rows):
         lines = lines_of(rows, city.name, regime)
@@ -192,8 +192,8 @@ def _show(screen: Screen, rows: list[dict[str, Any]], city: City) -> None:
         for place, line in enumerate(lines):
             cells = [line.cell("mae", step) for step in steps]
             cells += [line.cell(name, "average") for name in ("rmse", "mape")]
-            ends = place + 1 < len(lines) and line.difference > lines[place + 1].difference
-            shown.add_row(line.name, *cells, end_section=ends, style="italic" if line.difference else "")
+            style = "italic" if line.difference else ""
+            shown.add_row(line.name, *cells, end_section=ends_group(lines, place), style=style)
         screen.say(shown)
 
 

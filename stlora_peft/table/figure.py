@@ -44,8 +44,11 @@ def draw_table(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
     panels[0].set_yticks(range(len(backbones)), backbones)
     panels[0].set_ylim(len(backbones) - 0.5, -0.5)
     figure.suptitle("What ST-LoRA changes; a dot for each seed, a bar for their mean", fontweight="bold")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    known = [axes.get_legend_handles_labels() for axes in panels]
+    legend = {label: handle for handles, labels in known for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(
+        legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend) or 1, frameon=False, fontsize=9
+    )
     figures.save_figure(figure, path)
 
 
@@ -61,8 +64,7 @@ def _draw_city(axes: Axes, rows: Sequence[Row], backbones: Sequence[str]) -> Non
             axes.scatter(changes, heights, s=24, color=colour, alpha=0.55, linewidths=0, zorder=3)
             mean = Spread.of(changes).mean
             if mean is not None:
-                label = words if place == 0 else None
-                axes.plot(mean, place + offset, "|", ms=13, mew=2.4, color=colour, label=label, zorder=4)
+                axes.plot(mean, place + offset, "|", ms=13, mew=2.4, color=colour, label=words, zorder=4)
                 axes.annotate(f"{mean:+.1f}", (mean, place + offset), (0, 5), textcoords="offset points", fontsize=8)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from stlora_peft.backbones import BACKBONES, backbone_class
+from stlora_peft.backbones import BACKBONES, new_backbone
 from stlora_peft.data import City, CityData, Windows, prepare, pretraining_split
 from stlora_peft.data.windows import TimeFeatures
 from stlora_peft.errors import message
@@ -93,6 +93,10 @@ class Plan:
         ):
             unknown = [name for name in names if name not in known]
             self._require(not unknown, f"{kind} in a table", f"of {', '.join(known)}", ", ".join(unknown))
+            self._require(len(set(names)) == len(names), f"{kind} in a table", "each once", ", ".join(names))
+        self._require(len(set(self.seeds)) == len(self.seeds), "seed in a table", "each once", str(list(self.seeds)))
+        unknown = [name for name in self.sizes if name not in BACKBONES]
+        self._require(not unknown, "sizes in a table", f"of {', '.join(BACKBONES)}", ", ".join(unknown))
         self._require(bool(self.backbones), "table", "at least one backbone", "none")
         self._require(bool(self.regimes), "table", f"at least one regime of {', '.join(REGIMES)}", "none")
         self._require(bool(self.seeds), "table", "at least one seed", "none")
@@ -111,14 +115,19 @@ class Plan:
         data = prepare(city, split, self.window, self.horizon, self.time_features)
         return replace(data, train=self._thinned(data.train), val=self._thinned(data.val))
 
-    def settings(self, city: City, model: str) -> str:
+    def settings(self, data: CityData, model: str) -> str:
         """Hash everything that a row depends on but its seed: rows of one hash can stand in one table.
 
         Args:
-            city: The city.
+            data: The city, as :meth:`data` prepares it.
             model: Name of the backbone or of the baseline.
+
+        Raises:
+            ValueError: If the backbone does not fit the city or the plan.
+            ImportError: If the backbone needs a package that is not installed.
         """
-        chosen = [model, self._description(model), city.interval_minutes, city.start]
+        city = data.city
+        chosen = [model, self._description(model, data), city.interval_minutes, city.start]
         content = hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode())
         for array in (city.values, city.edge_index, city.edge_weight):
             content.update(np.ascontiguousarray(array).tobytes())
@@ -137,14 +146,19 @@ class Plan:
             "training": options,
         }
 
-    def _description(self, model: str) -> dict[str, Any]:
+    def _description(self, model: str, data: CityData) -> dict[str, Any]:
         """What rows of a model depend on."""
         if model in BASELINES:
             return self._preparation()
         known = self.configuration()
         chosen = {name: known[name] for name in (*self._preparation(), "stride", "training")}
-        adapter = {"adapter": asdict(STLoraConfig()), "layers": asdict(backbone_class(model).stlora_spec)}
-        return chosen | adapter | {"sizes": known["backbones"][model]}
+        backbone = new_backbone(model, data, seed=0, **self.sizes.get(model, {}))
+        adapter = {name: value for name, value in asdict(STLoraConfig()).items() if name != "peft_version"}
+        return chosen | {
+            "sizes": backbone.hyperparameters,
+            "adapter": adapter,
+            "layers": asdict(backbone.stlora_spec),
+        }
 
     def _preparation(self) -> dict[str, Any]:
         """How a city is prepared."""

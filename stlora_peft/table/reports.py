@@ -94,6 +94,19 @@ def lines_of(rows: Sequence[Row], city: str, regime: str) -> list[Line]:
     return lines
 
 
+def ends_group(lines: Sequence[Line], place: int) -> bool:
+    """Whether the line at ``place`` is the last of the baselines or of a backbone.
+
+    Args:
+        lines: Lines of a table.
+        place: Number of a line.
+    """
+    if place + 1 == len(lines):
+        return True
+    line, following = lines[place], lines[place + 1]
+    return line.difference > following.difference or (line.name in BASELINES) > (following.name in BASELINES)
+
+
 def tables_of(rows: Sequence[Row]) -> dict[tuple[str, str], list[Line]]:
     """Lines of every city and regime, in the order of the rows.
 
@@ -126,7 +139,9 @@ def write_markdown(
         text += [f"## {city}, {TITLES[regime]}", "", f"MAE and RMSE: {_unit(cities[city])}.", ""]
         text += [*_markdown(lines, cities[city].interval_minutes), ""]
     text += ["## Settings", "", "| | |", "|---|---|"]
-    text += [f"| {name} | {_words(value)} |" for name, value in {**configuration, **environment()}.items()]
+    commits = sorted({str(row["commit"]) for row in rows if row.get("commit")})
+    settings = {**configuration, **environment()} | ({"commit": commits} if commits else {})
+    text += [f"| {name} | {_words(value)} |" for name, value in settings.items()]
     _write(path, text)
 
 
@@ -165,8 +180,8 @@ def _tabular(lines: Sequence[Line], interval_minutes: int) -> list[str]:
     table = [rf"\begin{{tabular}}{{l{'r' * width * len(steps)}}}", r"\toprule"]
     table += [" & ".join(["", *spans]) + r" \\", "".join(rules)]
     table.append(" & ".join(["Model", *(_escaped(name) for _ in steps for name in METRICS.values())]) + r" \\")
-    for before, line in zip([None, *lines], lines, strict=False):
-        if before is None or before.difference > line.difference:
+    for place, line in enumerate(lines):
+        if place == 0 or ends_group(lines, place - 1):
             table.append(r"\midrule")
         table.append(" & ".join(map(_escaped, [line.name, *line.cells()])) + r" \\")
     return [*table, r"\bottomrule", r"\end{tabular}"]
@@ -216,7 +231,8 @@ def _words(value: object) -> str:
 
 def _escaped(text: str) -> str:
     """Write what LaTeX would take for a command."""
-    named = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "Δ": r"$\Delta$", "²": "$^2$"}
+    named = {"±": r"$\pm$", "Δ": r"$\Delta$", "²": "$^2$", "^": r"\^{}", "~": r"\~{}", "\\": r"\textbackslash{}"}
+    named |= {letter: f"\\{letter}" for letter in "%_&#${}"}
     return "".join(named.get(letter, letter) for letter in text)
 
 

@@ -23,6 +23,7 @@ from stlora_peft.evaluation import evaluate, measure
 from stlora_peft.files import read_json, write_json
 from stlora_peft.methods import build_adapter
 from stlora_peft.metrics import Metrics
+from stlora_peft.reports import source_commit
 from stlora_peft.storage import load_backbone, save_adapter, save_backbone
 from stlora_peft.table.plan import Plan
 from stlora_peft.training import train
@@ -50,10 +51,11 @@ def make_table(cities: Sequence[City], plan: Plan, output_dir: str | os.PathLike
 
     Returns:
         Rows with the keys ``city``, ``regime``, ``model``, ``stlora``, ``seed``, and ``mae``, ``rmse``, ``mape``,
-        each by the steps ``"3"``, ``"6"``, ``"12"`` and ``"average"``, and ``settings``, a hash of all that a row
-        depends on but its seed; those of backbones also ``parameters``, ``trainable_parameters``, ``best_val_mae``,
-        ``best_epoch``, ``epochs`` and ``seconds``. A baseline has no seed: its numbers stand in every regime and for
-        every seed. ``model`` is ``"NAME-longer"`` for the control.
+        each by the steps ``"3"``, ``"6"``, ``"12"`` and ``"average"``; ``settings``, a hash of all that a row depends
+        on but its seed; ``commit``, that of the code which measured it, where it lies in git. Those of backbones also
+        have ``parameters``, ``trainable_parameters``, ``best_val_mae``, ``best_epoch``, ``epochs`` and ``seconds``
+        (of the training since it was last taken up). A baseline has no seed: its numbers stand in every regime and
+        for every seed. ``model`` is ``"NAME-longer"`` for the control.
 
     Raises:
         ValueError: If two cities have one name, a city has too few steps, or the folder holds rows of other settings.
@@ -102,7 +104,7 @@ class _Rows:
     @cached_property
     def settings(self) -> str:
         """Hash of all that the rows depend on."""
-        return self.plan.settings(self.data.city, self.name)
+        return self.plan.settings(self.data, self.name)
 
     @cached_property
     def done(self) -> dict[str, Row]:
@@ -111,7 +113,7 @@ class _Rows:
         return dict(read_json(file)["jobs"]) if file.exists() else {}
 
     def check(self) -> None:
-        """Refuse a folder with rows of other settings."""
+        """Refuse a folder with rows of other settings, and write down those of the work to come."""
         file = self.folder / ROWS
         kept = read_json(file) if file.exists() else {"settings": self.settings, "jobs": {}}
         found = kept.get("settings") if isinstance(kept, dict) and "jobs" in kept else None
@@ -124,6 +126,8 @@ class _Rows:
                     fix=f"give another output folder, or delete '{self.folder}' to measure it again",
                 )
             )
+        if not file.exists():
+            write_json(file, kept)
 
     def rows(self) -> list[Row]:
         """Do what has not been done, and label all of it."""
@@ -132,8 +136,9 @@ class _Rows:
     def numbers(self, job: str) -> Row:
         """Numbers of a job, which is done where it has not been."""
         if job not in self.done:
-            self.done[job] = self.measure(job)
+            self.done[job] = self.measure(job) | {"commit": source_commit()}
             write_json(self.folder / ROWS, {"settings": self.settings, "jobs": self.done})
+            shutil.rmtree(self.folder / f"{job}.unfinished", ignore_errors=True)
         row = self.done[job]
         mae = row["mae"]["average"]
         text = "not finite" if mae is None else f"{mae:.4g}"
@@ -204,7 +209,6 @@ class _BackboneRows(_Rows):
         with self.bars.job(self.title(job)) as callbacks:
             result = train(model, self.data, options, output_dir=unfinished, callbacks=callbacks)
         self.save(job, model)
-        shutil.rmtree(unfinished)
         counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
         return {
             **_errors(evaluate(model, self.data.test, self.data, batch_size=options.eval_batch_size)),

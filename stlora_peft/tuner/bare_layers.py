@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,14 +149,9 @@ class STLoraGCLSTM(nn.Module):
         delattr(self, ATTRIBUTE)
         return self.cell
 
-    def train(self, mode: bool = True) -> Self:
-        """Set training mode, of the cell too."""
-        super().train(mode)
-        self.cell.training = mode
-        return self
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the cell with the updates in the biases of its gates: where a bias is added, so is the product."""
+        self.cell.training = self.training  # it is no part of this one, which has all of its parts
         x, edges = (args + tuple(kwargs[name] for name in self._arguments[len(args) :]))[:2]
         update = self.gates(x, edges)
         if update is None:

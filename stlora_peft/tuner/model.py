@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from stlora_peft.errors import message
+from stlora_peft.tuner.bare_layers import ATTRIBUTE as GATES
 from stlora_peft.tuner.bare_layers import STLoraGCLSTM
 from stlora_peft.tuner.config import STLoraConfig
 from stlora_peft.tuner.guards import check_backbone_config, check_cached_graphs, check_names
@@ -73,6 +74,8 @@ class STLoraModel(PreparingTuner):
         check_names(config, adapter_name, others, list(self._module_names()))
         check_backbone_config(model)
         check_cached_graphs(model)
+        if state_dict is not None:  # of its keys, PEFT takes the names of layers
+            state_dict = {key.replace(f".{GATES}.", "."): value for key, value in state_dict.items()}
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             self._add_city_modules(model, adapter_name, config)
@@ -81,6 +84,7 @@ class STLoraModel(PreparingTuner):
                 module.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
             if isinstance(module, BaseTunerLayer) and not model.training:
                 module.eval()  # new modules begin in training mode, with dropout, whatever the backbone's mode is
+        self._train_backbone(model)
         self._keep_frozen_statistics()
 
     def _add_city_modules(self, model: nn.Module, adapter_name: str, config: STLoraConfig) -> None:
@@ -169,9 +173,10 @@ class STLoraModel(PreparingTuner):
         if all(config.freeze_backbone for config in configs.values()):
             return
         own = {id(p) for m in model.modules() for p in _adapter_parameters(m)}
+        replaced = {id(p) for m in model.modules() if isinstance(m, NodeBoundLayer) for p in m.base_layer.parameters()}
         for parameter in model.parameters():
             if id(parameter) not in own and parameter.is_floating_point():
-                parameter.requires_grad = not self._frozen()
+                parameter.requires_grad = not self._frozen() and id(parameter) not in replaced
 
     def _frozen(self) -> bool:
         configs = [cast(STLoraConfig, self.peft_config[n]) for n in self.active_adapters if n in self.peft_config]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,9 +100,11 @@ def _recording(layers: dict[str, nn.Module], seen: dict[str, Tensor]) -> Iterato
 
 
 def _recorder(key: str, forward: Any, seen: dict[str, Tensor]) -> Any:
-    def record(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen.setdefault(key, x)
-        return forward(x, *args, **kwargs)
+    first = next(iter(inspect.signature(forward).parameters), "")
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        seen.setdefault(key, args[0] if args else kwargs[first])
+        return forward(*args, **kwargs)
 
     return record
 

@@ -172,7 +172,7 @@ class GMAN(NodeBoundForecaster):
     .. math::
         h \leftarrow h + g \odot \mathrm{att}_{nodes}(h, e) + (1 - g) \odot \mathrm{att}_{steps}(h, e)
 
-    Nodes only meet in the attention over all of them: the edges are accepted and ignored. What the paper takes from
+    Nodes only meet in the attention over all of them: the edges are checked and not used. What the paper takes from
     the graph, node2vec vectors, is here the table :math:`p`, learned from the data.
 
     The times are read off the last channels of the input, the encodings of :func:`stlora_peft.data.windows
@@ -196,7 +196,7 @@ class GMAN(NodeBoundForecaster):
 
     Shapes:
         - **x:** :math:`(B, T, N, C_{in})`, ``[b t n c]``
-        - **edge_index**, **edge_weight:** ignored
+        - **edge_index**, **edge_weight:** checked, not used
         - **output:** :math:`(B, H, N, C_{out})`, ``[b t n c]``
 
     Units:

@@ -62,11 +62,7 @@ class RecurrentForecaster(Forecaster):
         self._warned = False
 
     def decode(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> Tensor:
-        """Run the network over the window and read the forecast off its last state.
-
-        Raises:
-            ValueError: If the edges do not fit the nodes.
-        """
+        """Run the network over the window and read the forecast off its last state."""
         if edge_weight is None:
             edge_weight = x.new_ones(edge_index.shape[1])
         features = self.encode(x, edge_index, edge_weight)
