@@ -70,7 +70,7 @@ def test_hyperparameters_hold_every_argument_of_the_class(name: str) -> None:
 
 def test_forward_puts_steps_channels_and_nodes_on_their_axes() -> None:
     model = Counter(window=2, horizon=3, in_channels=2, out_channels=2, residual=False)
-    forecast = model(torch.zeros(2, 2, 4, 2), torch.empty(2, 0))
+    forecast = model(torch.zeros(2, 2, 4, 2), torch.empty(2, 0, dtype=torch.long))
     for t in range(3):
         for n in range(4):
             for c in range(2):
@@ -82,8 +82,8 @@ def test_forward_residual_adds_the_first_channels_of_the_last_step() -> None:
     plain = Counter(window=2, horizon=3, in_channels=5, out_channels=2, residual=False)
     residual = Counter(window=2, horizon=3, in_channels=5, out_channels=2, residual=True)
     x = torch.randn(2, 2, 4, 5)
-    expected = plain(x, torch.empty(2, 0)) + x[:, 1, :, :2].unsqueeze(1).expand(2, 3, 4, 2)
-    assert torch.equal(residual(x, torch.empty(2, 0)), expected)
+    expected = plain(x, torch.empty(2, 0, dtype=torch.long)) + x[:, 1, :, :2].unsqueeze(1).expand(2, 3, 4, 2)
+    assert torch.equal(residual(x, torch.empty(2, 0, dtype=torch.long)), expected)
 
 
 def test_residual_without_enough_input_channels_names_both() -> None:

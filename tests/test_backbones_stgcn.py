@@ -242,7 +242,8 @@ REFUSALS = {
         {"edge_index": torch.zeros(5, 2, dtype=torch.long)},
         "edge_index of shape (2, E), integer node numbers",
         "shape (5, 2), torch.int64",
-        "put the sources in the first row and the targets in the second",
+        "put the sources in the first row and the targets in the second; without edges they are "
+        "torch.empty(2, 0, dtype=torch.long)",
     ),
     "weight": (
         {"edge_index": torch.zeros(2, 5, dtype=torch.long), "edge_weight": torch.ones(4)},

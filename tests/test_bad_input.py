@@ -42,6 +42,20 @@ def test_edges_of_another_graph_are_refused(name: str) -> None:
 
 
 @every
+@pytest.mark.parametrize(
+    ("edges", "got"), [(None, "NoneType"), (torch.zeros(2, 3), "shape (2, 3), torch.float32")], ids=["none", "floats"]
+)
+def test_edges_that_are_no_edges_are_refused(name: str, edges: Tensor | None, got: str) -> None:
+    assert raised(lambda: city_model(name)(windows(N), edges)) == {
+        "where": "the graph does not fit the nodes",
+        "expected": "edge_index of shape (2, E), integer node numbers",
+        "got": got,
+        "fix": "put the sources in the first row and the targets in the second; without edges they are "
+        "torch.empty(2, 0, dtype=torch.long)",
+    }
+
+
+@every
 def test_a_window_other_than_built_for_is_refused(name: str) -> None:
     edge_index, edge_weight = graph(N)
     error = raised(lambda: city_model(name)(windows(N)[:, 1:], edge_index, edge_weight.float()))

@@ -69,5 +69,5 @@ def test_tuner_works_where_torch_geometric_cannot_be_imported():
         "from stlora_peft.backbones import build_backbone\n"
         "backbone = build_backbone('lstm', in_channels=3, hidden_size=4)\n"
         "model = get_peft_model(backbone, stlora_peft.STLoraConfig(num_nodes=5))\n"
-        "assert model(torch.zeros(2, 12, 5, 3), None).shape == (2, 12, 5, 1)\n"
+        "assert model(torch.zeros(2, 12, 5, 3), torch.empty(2, 0, dtype=torch.long)).shape == (2, 12, 5, 1)\n"
     )

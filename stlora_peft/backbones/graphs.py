@@ -21,11 +21,13 @@ def check_graph(edge_index: Tensor, edge_weight: Tensor | None, num_nodes: int) 
     """
     if torch.compiler.is_compiling():
         return
-    if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.is_floating_point():
+    is_tensor = isinstance(edge_index, Tensor)
+    if not is_tensor or edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.is_floating_point():
         _refuse_graph(
             "edge_index of shape (2, E), integer node numbers",
-            f"shape {tuple(edge_index.shape)}, {edge_index.dtype}",
-            "put the sources in the first row and the targets in the second",
+            f"shape {tuple(edge_index.shape)}, {edge_index.dtype}" if is_tensor else type(edge_index).__name__,
+            "put the sources in the first row and the targets in the second; without edges they are "
+            "torch.empty(2, 0, dtype=torch.long)",
         )
     if edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < num_nodes:
         _refuse_graph(
