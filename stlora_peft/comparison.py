@@ -131,7 +131,8 @@ def adapter_bytes(candidate: nn.Module) -> int:
     """Size of the file that a city would need beside the backbone to keep this model.
 
     Args:
-        candidate: An adapted model: an adapter's file, or else the parameters that require gradients and the buffers.
+        candidate: An adapted model: an adapter's file, or else, also where the backbone trains with it, the parameters
+            that require gradients and the buffers.
 
     Returns:
         Bytes of the safetensors file.
@@ -141,7 +142,8 @@ def adapter_bytes(candidate: nn.Module) -> int:
         >>> adapter_bytes(layer) > 4 * 110
         True
     """
-    if not isinstance(candidate, PeftModel):
+    joint = isinstance(candidate, PeftModel) and not getattr(candidate.active_peft_config, "freeze_backbone", True)
+    if joint or not isinstance(candidate, PeftModel):
         return len(tensors_to_bytes(trainable_state(candidate)))
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(folder, candidate)

@@ -16,7 +16,7 @@ from stlora_peft.comparison import Row, compare
 from stlora_peft.data import City, CityData, prepare, pretraining_split, simulate_city
 from stlora_peft.evaluation import evaluate, evaluate_persistence, forecast_batches
 from stlora_peft.figures import draw_against_truth, pick_nodes
-from stlora_peft.methods import METHODS, build_adapter
+from stlora_peft.methods import build_adapter
 from stlora_peft.metrics import Metrics
 from stlora_peft.storage import SavedBackbone, load_adapter, load_backbone, save_adapter, save_backbone
 from stlora_peft.training import TrainingOptions, TrainingResult, train
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import TrainerCallback
 
+METHODS_SHOWN = ("zero-shot", "persistence", "head", "full", "lora", "st-lora")
 PRETRAINING = TrainingOptions(learning_rate=3e-3, max_epochs=12, batch_size=64, progress=False)
 ADAPTATION = TrainingOptions(learning_rate=1e-3, max_epochs=20)
 
@@ -176,7 +177,7 @@ def compare_methods(places: Places, settings: DemoSettings, saved: SavedBackbone
         saved,
         city,
         days=settings.days,
-        methods=[name for name, method in METHODS.items() if method.baseline is None],
+        methods=METHODS_SHOWN,
         seeds=[settings.adaptation.seed],
         learning_rates=[settings.adaptation.learning_rate],
         options=settings.adaptation,

@@ -25,10 +25,14 @@ COLOURS = {
     "ha": "#bdbdbd",
     "var": "#9ebcda",
     "svr": "#8c96c6",
+    "scratch": "#999933",
     "head": "#56b4e9",
+    "norm": "#44aa99",
     "full": "#e69f00",
+    "ia3": "#117733",
     "lora": "#009e73",
     "st-lora": "#cc3311",
+    "full+st-lora": "#882255",
 }
 OTHER_COLOUR = "#0072b2"
 

@@ -7,12 +7,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from stlora_peft.backbones import Forecaster, build_backbone
 from stlora_peft.baselines import BASELINES, Baseline
 from stlora_peft.data import CityData, Windows
 from stlora_peft.errors import message
@@ -21,6 +22,8 @@ from stlora_peft.tuner.config import STLoraConfig
 from stlora_peft.tuner.node_bound import rebuild
 from stlora_peft.tuner.reestimation import reestimate
 from stlora_peft.tuner.spec import BackboneSpec
+
+NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,52 @@ def _full(backbone: nn.Module, data: CityData) -> Candidate:
     return Candidate(_rebuilt(backbone, data).requires_grad_(True), "every parameter")
 
 
+def _scratch(backbone: nn.Module, data: CityData) -> Candidate:
+    if not isinstance(backbone, Forecaster):
+        raise ValueError(
+            message(
+                f"backbone '{type(backbone).__name__}' cannot be built anew",
+                expected="a backbone of this package, which knows its hyperparameters",
+                got="another nn.Module",
+                fix="leave scratch out, or train a fresh model of your own on the city",
+            )
+        )
+    sizes = cast(Forecaster, rebuild(backbone, data.city.num_nodes)).hyperparameters
+    return Candidate(build_backbone(backbone.name, **sizes), "every parameter, from random weights")
+
+
+def _norm(backbone: nn.Module, data: CityData) -> Candidate:
+    spec, model = _spec(backbone), _rebuilt(backbone, data)
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        owner, _, own = name.rpartition(".")
+        is_norm = isinstance(model.get_submodule(owner), NORMALISATIONS)
+        parameter.requires_grad_(is_norm or own.startswith("bias"))
+    for name in spec.node_bound:
+        model.get_submodule(name).requires_grad_(True)
+    return Candidate(model, "normalisation layers and every bias")
+
+
+def _ia3(backbone: nn.Module, data: CityData) -> Candidate:
+    spec, model = _spec(backbone), _rebuilt(backbone, data)
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and any(f".{name}".endswith(f".{t}") for t in spec.target_modules)
+    ]
+    if not targets:
+        raise ValueError(
+            message(
+                f"ia3 finds nothing to scale in backbone '{type(backbone).__name__}'",
+                expected="an nn.Linear or nn.Conv2d among its target modules, all that PEFT's IA3 takes",
+                got=", ".join(spec.target_modules),
+                fix="leave ia3 out",
+            )
+        )
+    config = IA3Config(target_modules=targets, feedforward_modules=[], modules_to_save=list(spec.node_bound) or None)
+    return Candidate(get_peft_model(model, config), f"peft.IA3Config on {len(targets)} linear and convolution layers")
+
+
 def _lora(backbone: nn.Module, data: CityData) -> Candidate:
     spec = _spec(backbone)
     default = STLoraConfig()
@@ -157,16 +206,24 @@ def _st_lora(backbone: nn.Module, data: CityData) -> Candidate:
     return Candidate(build_adapter(backbone, data), "STLoraConfig(num_nodes=N)")
 
 
+def _full_st_lora(backbone: nn.Module, data: CityData) -> Candidate:
+    return Candidate(build_adapter(backbone, data, freeze_backbone=False), "STLoraConfig(freeze_backbone=False)")
+
+
 METHODS: dict[str, Method] = {
     "zero-shot": Method("the backbone as it is, with the new city's scaler", _zero_shot, trained=False),
     "persistence": Method("the last reading, at every step; no model", trained=False),
     "ha": Method("historical average by time of day", trained=False, baseline=BASELINES["ha"]),
     "var": Method("vector autoregression of all nodes", trained=False, baseline=BASELINES["var"]),
     "svr": Method("linear support vector regression of each node", trained=False, baseline=BASELINES["svr"]),
+    "scratch": Method("train a new backbone on the city alone", _scratch),
     "head": Method("train the layers that make the forecast from the last hidden state", _head),
+    "norm": Method("train normalisation layers and biases", _norm),
     "full": Method("train every parameter", _full),
+    "ia3": Method("train a factor for each output of the adapted layers, PEFT's IA3", _ia3),
     "lora": Method("train low-rank updates that all nodes share", _lora),
     "st-lora": Method("train node-conditioned low-rank updates and the node-specific predictor", _st_lora),
+    "full+st-lora": Method("the same, and train the backbone too: what freezing costs", _full_st_lora),
 }
 """Methods by name. Every trained method re-estimates and trains the modules that are bound to the number of nodes."""
 

@@ -234,6 +234,8 @@ def test_compare_shows_progress_on_standard_error(saved: SavedBackbone, capfd: p
 
 def test_adapter_bytes_is_the_size_of_the_adapter_file(saved: SavedBackbone) -> None:
     data = adaptation_data(saved, CITY, 8)
-    sizes = {name: adapter_bytes(METHODS[name].build(saved.backbone, data).model) for name in ("head", "full", "lora")}
+    names = ("head", "full", "lora", "st-lora", "full+st-lora")
+    sizes = {name: adapter_bytes(METHODS[name].build(saved.backbone, data).model) for name in names}
+    assert sizes["full+st-lora"] > sizes["st-lora"] + 0.8 * sizes["full"]  # what trains with it is kept with it
     assert sizes["head"] < sizes["full"]
     assert sizes["lora"] < sizes["full"] + 10_000

@@ -3,11 +3,13 @@ import torch
 from peft import PeftModel
 from small_city import small_city, small_data
 from torch import nn
+from toys import raised
 
 from stlora_peft.backbones import Forecaster, build_backbone
 from stlora_peft.data import CityData
 from stlora_peft.evaluation import evaluate
 from stlora_peft.methods import METHODS, build_adapter, find_methods
+from stlora_peft.tuner.spec import BackboneSpec
 
 BUILT = [name for name, method in METHODS.items() if method.build is not None]
 TRAINED = [name for name in BUILT if METHODS[name].trained]
@@ -44,7 +46,7 @@ def test_build_gives_a_model_of_the_city_and_leaves_the_backbone(data: CityData,
     assert all(parameter.requires_grad for parameter in pristine.parameters())
 
 
-@pytest.mark.parametrize("method", [name for name in TRAINED if name != "full"])
+@pytest.mark.parametrize("method", [name for name in TRAINED if name not in ("full", "scratch")])
 def test_build_starts_every_trained_method_from_the_same_forecast(data: CityData, method: str) -> None:
     full = METHODS["full"].build(make("stgcn"), data).model
     other = METHODS[method].build(make("stgcn"), data).model
@@ -64,6 +66,66 @@ def test_head_trains_head_and_node_bound_modules_only(data: CityData) -> None:
         for module in ("block1._batch_norm", "block2._batch_norm", "head.hidden", "head.output")
         for kind in ("weight", "bias")
     }
+
+
+def test_norm_trains_normalisation_layers_biases_and_node_bound_modules_only(data: CityData) -> None:
+    names = trainable(METHODS["norm"].build(make("stgcn"), data).model)
+    every = {name for name, _ in make("stgcn").named_parameters()}
+    assert names == {name for name in every if name.endswith("bias") or "_batch_norm" in name}
+    recurrent = trainable(METHODS["norm"].build(make("lstm"), data).model)
+    assert recurrent == {"lstm.bias_ih_l0", "lstm.bias_hh_l0", "head.bias"}
+
+
+def test_ia3_scales_the_linear_and_convolution_targets_and_copies_what_is_bound(data: CityData) -> None:
+    candidate = METHODS["ia3"].build(make("stgcn"), data)
+    assert candidate.implementation == "peft.IA3Config on 14 linear and convolution layers"
+    names = trainable(candidate.model)
+    scaled = {name for name in names if "ia3_l" in name}
+    assert len(scaled) == 14
+    assert names - scaled == {
+        f"base_model.model.{block}._batch_norm.modules_to_save.default.{kind}"
+        for block in ("block1", "block2")
+        for kind in ("weight", "bias")
+    }
+
+
+def test_ia3_without_a_layer_that_peft_takes_is_refused(data: CityData) -> None:
+    class Recurrent(nn.Module):
+        stlora_spec = BackboneSpec(target_modules=("rnn",))
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(3, 1)
+
+    assert raised(lambda: METHODS["ia3"].build(Recurrent(), data)) == {
+        "where": "ia3 finds nothing to scale in backbone 'Recurrent'",
+        "expected": "an nn.Linear or nn.Conv2d among its target modules, all that PEFT's IA3 takes",
+        "got": "rnn",
+        "fix": "leave ia3 out",
+    }
+
+
+def test_scratch_has_the_citys_nodes_and_random_weights_that_follow_from_the_seed(data: CityData) -> None:
+    pristine, found = make("stgcn"), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        model = METHODS["scratch"].build(pristine, data).model
+        assert trainable(model) == {name for name, _ in model.named_parameters()}
+        assert model.hyperparameters == pristine.hyperparameters | {"num_nodes": 5}
+        found.append(model.head.hidden.weight)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], pristine.head.hidden.weight)
+    error = raised(lambda: METHODS["scratch"].build(nn.Linear(3, 1), data))
+    assert error["where"] == "backbone 'Linear' cannot be built anew"
+
+
+def test_full_st_lora_trains_backbone_and_adapter_but_not_what_the_adapters_copies_replace(data: CityData) -> None:
+    names = trainable(METHODS["full+st-lora"].build(make("stgcn"), data).model)
+    adapter = trainable(METHODS["st-lora"].build(make("stgcn"), data).model)
+    assert adapter < names
+    own = {name.replace("base_layer.", "").removeprefix("base_model.model.") for name in names - adapter}
+    assert own == {name for name, _ in make("stgcn").named_parameters() if "_batch_norm" not in name}
 
 
 def test_full_trains_everything(data: CityData) -> None:
@@ -120,7 +182,8 @@ def test_find_methods_refuses(names: list[str], problem: str, got: str) -> None:
         find_methods(names)
     assert str(error.value).splitlines() == [
         f"{problem}.",
-        "  expected: names of zero-shot, persistence, ha, var, svr, head, full, lora, st-lora",
+        "  expected: names of zero-shot, persistence, ha, var, svr, scratch, head, norm, full, ia3, lora, st-lora, "
+        "full+st-lora",
         f"  got:      {got}",
         "  to fix:   correct the list of methods",
     ]

@@ -35,7 +35,10 @@ def compare(
     days: Days = None,
     methods: Annotated[
         str,
-        typer.Option(metavar="LIST", help="Of zero-shot, persistence, ha, var, svr, head, full, lora, st-lora."),
+        typer.Option(
+            metavar="LIST",
+            help="zero-shot, persistence, ha, var, svr, scratch, head, norm, full, ia3, lora, st-lora, full+st-lora.",
+        ),
     ] = "zero-shot,persistence,head,full,lora,st-lora",
     seeds: Annotated[str, typer.Option(metavar="LIST", help="Each is a training of its own.")] = "0,1,2",
     learning_rates: Annotated[
