@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import tempfile
@@ -12,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
@@ -21,6 +18,7 @@ from stlora_peft.baselines import Baseline, baseline_batches
 from stlora_peft.callbacks import JobBars
 from stlora_peft.checkpoints import trainable_state
 from stlora_peft.data import City, CityData, Windows, adaptation_split, prepare
+from stlora_peft.data.city import hash_with_city
 from stlora_peft.errors import message
 from stlora_peft.evaluation import check_fit, evaluate, evaluate_persistence, measure
 from stlora_peft.files import read_json, write_json
@@ -233,12 +231,7 @@ def _sizes(model: nn.Module, trained: bool = True) -> Row:
 def _settings(saved: SavedBackbone, city: City, options: TrainingOptions, learning_rates: Sequence[float]) -> str:
     """Hash everything that the rows of one table must share."""
     shared = {name: value for name, value in asdict(options).items() if name not in _NOT_SHARED}
-    content = hashlib.sha256(
-        json.dumps([saved.fingerprint, saved.time_features, shared, list(learning_rates)]).encode()
-    )
-    for array in (city.values, city.edge_index, city.edge_weight):
-        content.update(np.ascontiguousarray(array).tobytes())
-    return content.hexdigest()[:16]
+    return hash_with_city([saved.fingerprint, saved.time_features, shared, list(learning_rates)], city)
 
 
 def _recipe(method: Method, backbone: nn.Module, data: CityData) -> tuple[str, str]:

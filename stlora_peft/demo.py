@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import TrainerCallback
 
-METHODS_SHOWN = ("zero-shot", "persistence", "head", "full", "lora", "st-lora")
 PRETRAINING = TrainingOptions(learning_rate=3e-3, max_epochs=12, batch_size=64, progress=False)
 ADAPTATION = TrainingOptions(learning_rate=1e-3, max_epochs=20)
 
@@ -177,7 +176,7 @@ def compare_methods(places: Places, settings: DemoSettings, saved: SavedBackbone
         saved,
         city,
         days=settings.days,
-        methods=METHODS_SHOWN,
+        methods=["zero-shot", "persistence", "head", "full", "lora", "st-lora"],
         seeds=[settings.adaptation.seed],
         learning_rates=[settings.adaptation.learning_rate],
         options=settings.adaptation,

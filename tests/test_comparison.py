@@ -175,6 +175,17 @@ def test_compare_into_results_of_other_settings_raises(saved: SavedBackbone, tmp
     assert lines[3] == "  to fix:   give another output folder, or delete the file to measure everything again"
 
 
+@pytest.mark.parametrize("change", [{"start": None}, {"interval_minutes": 30}], ids=["start", "interval"])
+def test_compare_into_results_of_another_clock_raises(
+    saved: SavedBackbone, tmp_path: Path, change: dict[str, int | None]
+) -> None:
+    compare(saved, CITY, days=8, methods=["zero-shot"], seeds=[0], options=OPTIONS, output_dir=tmp_path)
+    other = replace(CITY, **change)
+    days = 8 * CITY.steps_per_day / other.steps_per_day  # the same steps
+    with pytest.raises(ValueError, match="cannot be continued"):
+        compare(saved, other, days=days, methods=["zero-shot"], seeds=[0], options=OPTIONS, output_dir=tmp_path)
+
+
 def test_compare_into_results_of_another_recipe_of_the_method_raises(
     saved: SavedBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
@@ -244,6 +246,23 @@ class City:
             zeros_are_missing=zeros_are_missing,
             dead_sensors=dead_sensors,
         )
+
+
+def hash_with_city(content: object, city: City) -> str:
+    """Hash settings together with a city: its readings, its graph and its clock.
+
+    Args:
+        content: The settings; what JSON does not know is written as its text.
+        city: The city.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    known = [content, city.interval_minutes, city.start]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
+    for array in (city.values, city.edge_index, city.edge_weight):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def make_city(*, values: Any, zeros_are_missing: bool, dead_sensors: DeadSensors, where: str, **rest: Any) -> City:

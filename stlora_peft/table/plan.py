@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from stlora_peft.backbones import BACKBONES, new_backbone
 from stlora_peft.data import City, CityData, Windows, prepare, pretraining_split
+from stlora_peft.data.city import hash_with_city
 from stlora_peft.data.windows import TimeFeatures
 from stlora_peft.errors import message
 from stlora_peft.training import TrainingOptions
@@ -126,12 +123,7 @@ class Plan:
             ValueError: If the backbone does not fit the city or the plan.
             ImportError: If the backbone needs a package that is not installed.
         """
-        city = data.city
-        chosen = [model, self._description(model, data), city.interval_minutes, city.start]
-        content = hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode())
-        for array in (city.values, city.edge_index, city.edge_weight):
-            content.update(np.ascontiguousarray(array).tobytes())
-        return content.hexdigest()[:16]
+        return hash_with_city([model, self._description(model, data)], data.city)
 
     def configuration(self) -> dict[str, Any]:
         """Return everything that was chosen, for JSON."""
