@@ -99,17 +99,12 @@ def write_reports(
         The files by name.
     """
     from stlora_peft.comparison_figure import draw_comparison
-    from stlora_peft.figures import require_matplotlib
     from stlora_peft.reports import write_markdown
 
     title = f"{saved.city} to {city.name}"
     files = {"table": str(out / TABLE)}
-    try:
-        require_matplotlib()
-        draw_comparison(out / FIGURE, rows, title=title, quantity=city.quantity)
+    if screen.drawn(lambda: draw_comparison(out / FIGURE, rows, title=title, quantity=city.quantity)):
         files["figure"] = str(out / FIGURE)
-    except ImportError as error:
-        screen.note(f"No figure: {str(error).rpartition('to fix:')[2].strip()}")
     write_markdown(
         out / TABLE,
         rows,

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,6 +75,25 @@ class Screen:
     def note(self, content: str) -> None:
         """Say something on the way to the result, on standard error."""
         _stderr().print(Text(content, style="dim"), soft_wrap=True)
+
+    def drawn(self, draw: Callable[[], None]) -> bool:
+        """Draw a figure, or say what to install where matplotlib is missing.
+
+        Args:
+            draw: Draws and writes it.
+
+        Returns:
+            Whether there is a figure now.
+        """
+        from stlora_peft.figures import require_matplotlib
+
+        try:
+            require_matplotlib()
+        except ImportError as error:
+            self.note(f"No figure: {str(error).rpartition('to fix:')[2].strip()}")
+            return False
+        draw()
+        return True
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:

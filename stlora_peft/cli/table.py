@@ -160,18 +160,13 @@ def write_reports(
     Returns:
         The files by name.
     """
-    from stlora_peft.figures import require_matplotlib
     from stlora_peft.table.figure import draw_table
     from stlora_peft.table.reports import CityLabel, write_latex, write_markdown
 
     labels = {city.name: CityLabel(city.quantity, city.interval_minutes) for city in cities}
     files = {"table": str(out / "results.md"), "latex": str(out / "results.tex")}
-    try:
-        require_matplotlib()
-        draw_table(out / "results.png", rows)
+    if screen.drawn(lambda: draw_table(out / "results.png", rows)):
         files["figure"] = str(out / "results.png")
-    except ImportError as error:
-        screen.note(f"No figure: {str(error).rpartition('to fix:')[2].strip()}")
     figure = "results.png" if "figure" in files else None
     write_markdown(out / "results.md", rows, labels, plan.configuration(), figure)
     write_latex(out / "results.tex", rows, labels)
