@@ -74,7 +74,7 @@ def backbone_grid(known: dict[str, list[str]] | None) -> str:
         answers = trial.compilers() if known is None else known.get(trial.backbone.name, ["unknown"] * 2)
         rows.append([*trial.row(kinds), *answers])
     everywhere = {
-        "the five forms of conditioning": Trials.forms,
+        "the six forms of conditioning": Trials.forms,
         "the node-specific predictor": Trials.predicts,
         "several adapters": Trials.several,
         "saving and loading": Trials.loads,

@@ -363,5 +363,6 @@ def expected_output(host: Host, base: nn.Module, x: Tensor, conditioning: str, f
     z = out if host.on_output else host.root(x)
     if host.temporal is None:
         return out + reference.pointwise_update(z, conditioning, factors, scale)
-    factors = factors | {"A": factors["A"].flatten(3 if conditioning == "full" else 2)}
+    if "A" in factors:
+        factors = factors | {"A": factors["A"].flatten(3 if conditioning == "full" else 2)}
     return out + reference.conv_update(z, conditioning, factors, scale, host.temporal)

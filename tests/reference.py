@@ -17,6 +17,8 @@ def node_factors(conditioning: str, factors: Mapping[str, Tensor], node: int) ->
     """A_i, and the vector h_i that B carries to the output as a bias of the node."""
     A = factors["A"]
     none = torch.zeros(factors["B"].shape[1], dtype=A.dtype)
+    if conditioning == "bias":
+        return A, factors["node_vector"][node]
     if conditioning == "full":
         return A[node], none
     if conditioning == "core":
@@ -31,6 +33,12 @@ def node_factors(conditioning: str, factors: Mapping[str, Tensor], node: int) ->
     return torch.tensordot(torch.diag(gate), A, dims=1), bias
 
 
+def with_matrix(factors: Mapping[str, Tensor], *in_shape: int) -> Mapping[str, Tensor]:
+    """The factors with A = 0 where the form has none: a node bias."""
+    rank = factors["B"].shape[1]
+    return factors if "A" in factors else {**factors, "A": factors["B"].new_zeros(rank, *in_shape)}
+
+
 def scale_of(alpha: float, r: int, rslora: bool = False) -> float:
     """alpha / r, or alpha / sqrt(r) where the update is rank-stabilised."""
     return alpha / (r**0.5 if rslora else r)
@@ -38,6 +46,7 @@ def scale_of(alpha: float, r: int, rslora: bool = False) -> float:
 
 def pointwise_update(x: Tensor, conditioning: str, factors: Mapping[str, Tensor], scale: float) -> Tensor:
     """scale * B (A_i x_i + h_i) at every sample, step and node."""
+    factors = with_matrix(factors, x.shape[-1])
     samples = []
     for b in range(x.shape[0]):
         steps = []
@@ -85,6 +94,7 @@ def conv_update(
     x: Tensor, conditioning: str, factors: Mapping[str, Tensor], scale: float, conv: Temporal = Temporal()
 ) -> Tensor:
     """scale * B (sum_k A_ik x_i,(st + dk) + h_i): A_i is a temporal kernel, given as (r, F_in, K)."""
+    factors = with_matrix(factors, x.shape[-1], conv.kernel)
     samples = []
     for b in range(x.shape[0]):
         nodes = []
@@ -184,7 +194,7 @@ def predictor_correction(
         factors = {key[: -len(name) - 1]: value for key, value in weights.items() if key.endswith(f"_{name}")}
         if emb is not None:
             factors["emb"] = emb
-        A, bias = node_factors(conditioning, factors, node)
+        A, bias = node_factors(conditioning, with_matrix(factors, len(h)), node)
         return factors["weight"] @ h + factors["bias"] + scale * (factors["B"] @ (A @ h + bias))
 
     out = torch.empty_like(forecast)

@@ -206,7 +206,7 @@ ORDER = torch.tensor([3, 0, 6, 1, 5, 2, 4])
 def permute_rows(model: nn.Module) -> None:
     """Bring everything that belongs to a node into the new order."""
     full = model.peft_config["default"].conditioning == "full"
-    own = ("emb", "core", "node_bias", "gate") + (("A",) if full else ())
+    own = ("emb", "core", "node_bias", "node_vector", "gate") + (("A",) if full else ())
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             if "nall_" not in name or value.ndim == 0 or "base_layer" in name:

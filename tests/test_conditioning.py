@@ -1,4 +1,4 @@
-"""Counts and starting values of the five forms."""
+"""Counts and starting values of the six forms."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def formula(conditioning: str, d_in: int, d_out: int) -> int:
         "core": N * R**2 + R * (d_in + d_out),
         "gate": 2 * N * R + R * (d_in + d_out),
         "embedding": R * (d_in + d_out + 2 * EMB),
+        "bias": N * R + R * d_out,
         "shared": R * (d_in + d_out),
     }[conditioning]
 
@@ -79,10 +80,14 @@ def test_factor_shapes_count_equals_the_formula(conditioning):
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_start_is_plain_lora_without_effect(conditioning):
+def test_start_is_plain_lora_or_a_node_bias_without_effect(conditioning):
     options = {"predictor": None, "target_modules": ["layer"], "r": R, "emb_size": EMB, "conditioning": conditioning}
     factors = factors_of(get_peft_model(Holder(nn.Linear(4, 6)), STLoraConfig(num_nodes=N, **options)))
     assert torch.equal(factors["B"], torch.zeros(6, R))
+    if conditioning == "bias":
+        assert factors.keys() == {"B", "node_vector"}
+        assert factors["node_vector"].std() > 0.5
+        return
     assert factors["A"].abs().max() <= 1 / math.sqrt(4)  # Kaiming, as nn.Linear starts
     assert factors["A"].abs().min() > 0
     if conditioning == "full":
@@ -98,7 +103,7 @@ def test_start_is_plain_lora_without_effect(conditioning):
         assert factors["emb"].std() > 0.5
 
 
-@pytest.mark.parametrize("conditioning", ["gate", "core", "full", "embedding"])
+@pytest.mark.parametrize("conditioning", ["gate", "core", "full", "embedding", "bias"])
 def test_random_start_differs_from_node_to_node(conditioning):
     options = {"predictor": None, "target_modules": ["layer"], "init_weights": False, "conditioning": conditioning}
     model = get_peft_model(Holder(nn.Linear(4, 6)), STLoraConfig(num_nodes=N, **options))

@@ -174,7 +174,7 @@ def test_forward_permuting_nodes_edges_and_rows_permutes_output(host, conditioni
         assert not torch.allclose(shuffled(), out[:, :, order], atol=1e-3)
     with torch.no_grad():
         for name, factor in factors_of(model).items():
-            if name in ("gate", "node_bias", "core", "emb") or (name == "A" and conditioning == "full"):
+            if name in ("gate", "node_bias", "node_vector", "core", "emb") or (name == "A" and conditioning == "full"):
                 factor.copy_(factor[order].clone())
     assert_same(shuffled(), out[:, :, order])
 

@@ -17,7 +17,7 @@ from stlora_peft.backbones import build_backbone
 
 torch.set_num_threads(1)  # ten times faster on tensors as small as these
 
-CONDITIONINGS = ("gate", "core", "full", "embedding", "shared")
+CONDITIONINGS = ("gate", "core", "full", "embedding", "bias", "shared")
 BACKBONES = ("lstm", "stgcn")
 NODES = {"num_nodes": 5}
 NARROW = {"hidden_channels": 4}

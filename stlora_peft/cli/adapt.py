@@ -40,10 +40,10 @@ class Adapter:
     """What kind of adapter is trained."""
 
     conditioning: Annotated[
-        Literal["gate", "core", "full", "embedding", "shared"],
+        Literal["gate", "core", "full", "embedding", "bias", "shared"],
         typer.Option(
             metavar="FORM",
-            help="How a node takes part in the update: gate, core, full, embedding, shared.",
+            help="How a node takes part in the update: gate, core, full, embedding, bias, shared.",
             rich_help_panel=_ADAPTER,
         ),
     ] = "gate"

@@ -1,4 +1,4 @@
-r"""The five forms in which a node takes part in a low-rank update.
+r"""The six forms in which a node takes part in a low-rank update.
 
 ============== ==================================================== =======================================
 ``"full"``      :math:`A_i` free                                     :math:`N r F_{in} + r F_{out}`
@@ -6,11 +6,12 @@ r"""The five forms in which a node takes part in a low-rank update.
 ``"gate"``      :math:`A_i = \mathrm{diag}(g_i) A`, bias :math:`B h_i`  :math:`2 N r + r (F_{in} + F_{out})`
 ``"embedding"`` :math:`g_i = 1 + C_g e_i,\; h_i = C_h e_i`           :math:`r (F_{in} + F_{out} + 2 d)`, and
                                                                      :math:`N d` once for all layers
+``"bias"``      a node bias :math:`B h_i` alone                        :math:`N r + r F_{out}`
 ``"shared"``    none, plain LoRA                                     :math:`r (F_{in} + F_{out})`
 ============== ==================================================== =======================================
 
-All forms start as the same plain LoRA: gates are one, biases zero, cores the identity, and the nodes'
-own :math:`A_i` equal one another; with :math:`B = 0` the update is zero.
+All forms but ``"bias"``, which does not read the input, start as the same plain LoRA: gates are one, biases zero,
+cores the identity, and the nodes' own :math:`A_i` equal one another. With :math:`B = 0` every update is zero.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from stlora_peft.errors import message
-from stlora_peft.tuner.functional import core_update, gate_update
+from stlora_peft.tuner.functional import aligned, core_update, gate_update
 
-CONDITIONINGS: Final = ("gate", "core", "full", "embedding", "shared")
-FACTOR_NAMES: Final = ("A", "B", "core", "gate", "node_bias", "gate_map", "node_bias_map")
+CONDITIONINGS: Final = ("gate", "core", "full", "embedding", "bias", "shared")
+FACTOR_NAMES: Final = ("A", "B", "core", "gate", "node_bias", "gate_map", "node_bias_map", "node_vector")
 
 
 def factor_shapes(
@@ -49,6 +50,8 @@ def factor_shapes(
         >>> factor_shapes("gate", r=2, num_nodes=5, in_shape=(3,), out_features=4, emb_size=0)
         {'A': (2, 3), 'B': (4, 2), 'gate': (5, 2), 'node_bias': (5, 2)}
     """
+    if conditioning == "bias":
+        return {"B": (out_features, r), "node_vector": (num_nodes, r)}
     node_axes = (num_nodes,) if conditioning == "full" else ()
     shapes: dict[str, tuple[int, ...]] = {"A": (*node_axes, r, *in_shape), "B": (out_features, r)}
     if conditioning == "core":
@@ -91,6 +94,8 @@ def new_factor(
         value.copy_(torch.eye(shape[-1], dtype=dtype, device=like.device)).add_(noise(value))
     elif name == "gate":
         value.fill_(1.0).add_(noise(value))
+    elif name == "node_vector":  # B is zero: with the vectors zero too, neither would have a gradient
+        value.normal_()
     else:
         value.copy_(noise(value))
     return nn.Parameter(value)
@@ -114,6 +119,8 @@ def condition(
     Raises:
         ValueError: If ``"embedding"`` has no node vectors.
     """
+    if "node_vector" in factors:
+        return u + aligned(factors["node_vector"], u.ndim, node, channel)
     if "core" in factors:
         return core_update(u, factors["core"], node, channel)
     if "gate" in factors:

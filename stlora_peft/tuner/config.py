@@ -91,7 +91,8 @@ class STLoraConfig(PeftConfig):
         rank_pattern: Layer name or regular expression to a rank that differs from ``r``.
         alpha_pattern: Layer name or regular expression to an alpha that differs from ``lora_alpha``.
         modules_to_save: Names of modules that are trained whole and saved with the adapter.
-        conditioning: How a node takes part: ``"gate"``, ``"core"``, ``"full"``, ``"embedding"`` or ``"shared"``.
+        conditioning: How a node takes part: ``"gate"``, ``"core"``, ``"full"``, ``"embedding"``,
+            ``"bias"`` or ``"shared"``.
         emb_size: Width of the node vectors of ``conditioning="embedding"``.
         predictor: Node-specific predictor behind the backbone: ``"auto"`` (on where the backbone's output layout is
             known), a :class:`PredictorConfig`, or None.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _aligned(factor: Tensor, ndim: int, node: int, channel: int) -> Tensor:
+def aligned(factor: Tensor, ndim: int, node: int, channel: int) -> Tensor:
     """View a factor of shape (N, r) so that it broadcasts over a tensor of ``ndim`` axes."""
     shape = [1] * ndim
     shape[node], shape[channel] = factor.shape
@@ -42,7 +42,7 @@ def gate_update(u: Tensor, gate: Tensor, bias: Tensor, node: int, channel: int) 
         >>> gate_update(u, torch.tensor([[2.0], [3.0]]), torch.zeros(2, 1), node=1, channel=2).flatten()
         tensor([2., 3.])
     """
-    return torch.addcmul(_aligned(bias, u.ndim, node, channel), u, _aligned(gate, u.ndim, node, channel))
+    return torch.addcmul(aligned(bias, u.ndim, node, channel), u, aligned(gate, u.ndim, node, channel))
 
 
 def core_update(u: Tensor, core: Tensor, node: int, channel: int) -> Tensor:

@@ -177,7 +177,9 @@ class STLoraLayer(AdapterModule):
         if self.conditioning[adapter_name] == "full":
             u = self._down_full(z, factors["A"], layout, num_nodes)
         else:
-            view, node, channel = layout.split(self._down(z, factors["A"]), num_nodes)
+            # a node bias has no A: the directions of a zero one have the shape that it needs
+            down = factors.get("A", z.new_zeros(self.r[adapter_name], *self.in_shape))
+            view, node, channel = layout.split(self._down(z, down), num_nodes)
             table = self.node_table.get(adapter_name)
             embedding = None if table is None else partial(table.vectors, adapter_name)
             u = condition(view, factors, embedding, node, channel)

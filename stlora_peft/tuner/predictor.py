@@ -103,7 +103,8 @@ class NodePredictor(nn.Module):
         if self.config.conditioning == "full":
             u = full_update(h, factors["A"], 1, 2)
         else:
-            u = condition(project(h, factors["A"]), factors, embedding, 1, 2)
+            u = project(h, factors["A"]) if "A" in factors else h.new_zeros(*h.shape[:-1], self.r)
+            u = condition(u, factors, embedding, 1, 2)
         out = F.linear(h, self._tensor(f"weight_{name}"), self._tensor(f"bias_{name}"))
         return out + project(u, factors["B"] * self.scaling)
 
