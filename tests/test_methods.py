@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel
@@ -158,6 +160,56 @@ def test_lora_is_pefts_own_where_peft_accepts_every_target(data: CityData) -> No
     assert all("lora_" in name for name in trainable(candidate.model))
 
 
+def test_lora_is_not_pefts_where_its_update_of_a_convolution_has_another_length(data: CityData) -> None:
+    sizes = {"num_nodes": 5, "in_channels": 3, "hidden_channels": 4, "skip_channels": 3, "end_channels": 6}
+    candidate = METHODS["lora"].build(build_backbone("gwnet", **sizes), data)
+    assert candidate.implementation == 'STLoraConfig(conditioning="shared", predictor=None)'
+    batch = data.train.__getitems__([0])["x"]
+    assert candidate.model(batch, data.edge_index, data.edge_weight).shape == (1, 12, 5, 1)
+
+
+def test_full_with_node_embedding_trains_the_backbone_and_a_vector_of_each_node_behind_every_target(
+    data: CityData,
+) -> None:
+    candidate = METHODS["full+node-embedding"].build(make("stgcn"), data)
+    names = {name.removeprefix("base_model.model.") for name in trainable(candidate.model)}
+    vectors = {name.partition(".nall_")[0] for name in names if name.endswith("nall_node_vector.default")}
+    assert (
+        len(vectors) == 16
+    )  # of two blocks: 2 x 3 convolutions and a graph convolution each; 2 of the head
+    assert names >= {f"{layer}.nall_B.default" for layer in vectors}
+    assert not any("nall_A" in name or "stlora_predictor" in name for name in names)
+    own = {name.replace("base_layer.", "") for name in names if "nall_" not in name}
+    assert own == {name for name, _ in make("stgcn").named_parameters() if "_batch_norm" not in name}
+    sizes = {tuple(p.shape) for n, p in candidate.model.named_parameters() if n.endswith("nall_node_vector.default")}
+    assert sizes == {(5, 32)}
+
+
+def test_predictor_alone_trains_nothing_inside_the_backbone_but_what_is_bound_to_the_nodes(
+    data: CityData, tmp_path: Path
+) -> None:
+    candidate = METHODS["st-lora-predictor"].build(make("stgcn"), data)
+    names = {name.removeprefix("base_model.model.") for name in trainable(candidate.model)}
+    assert {name.partition(".")[0] for name in names} == {"stlora_predictor", "block1", "block2"}
+    assert all("nall_node_bound" in name for name in names if name.startswith("block"))
+    with torch.no_grad():
+        for name, parameter in candidate.model.named_parameters():
+            if "stlora_predictor" in name:
+                parameter.add_(0.1)
+    candidate.model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make("stgcn"), tmp_path)
+    batch = data.train.__getitems__([0])["x"]
+    expected, found = (m.eval()(batch, data.edge_index, data.edge_weight) for m in (candidate.model, loaded))
+    assert torch.equal(found, expected)
+
+
+def test_every_form_of_st_lora_is_a_method_with_and_without_the_predictor(data: CityData) -> None:
+    for form in ("gate", "core", "full", "embedding", "bias"):
+        whole, layers = (METHODS[f"st-lora-{form}{end}"].build(make("lstm"), data).model for end in ("", "-layers"))
+        assert whole.peft_config["default"].conditioning == layers.peft_config["default"].conditioning == form
+        assert trainable(layers) == {name for name in trainable(whole) if "stlora_predictor" not in name}
+
+
 def test_build_adapter_knows_the_city(data: CityData) -> None:
     model = build_adapter(make("lstm"), data, r=3, conditioning="core")
     config = model.peft_config["default"]
@@ -182,8 +234,7 @@ def test_find_methods_refuses(names: list[str], problem: str, got: str) -> None:
         find_methods(names)
     assert str(error.value).splitlines() == [
         f"{problem}.",
-        "  expected: names of zero-shot, persistence, ha, var, svr, scratch, head, norm, full, ia3, lora, st-lora, "
-        "full+st-lora",
+        "  expected: names of " + ", ".join(METHODS),
         f"  got:      {got}",
         "  to fix:   correct the list of methods",
     ]

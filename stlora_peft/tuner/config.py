@@ -84,7 +84,7 @@ class STLoraConfig(PeftConfig):
         lora_dropout: Dropout probability on the update's input, and in the predictor.
         use_rslora: Scale by :math:`\alpha / \sqrt{r}` instead of :math:`\alpha / r`.
         target_modules: Names (or a regular expression) of the layers to adapt, or ``"all-linear"``. None takes
-            the backbone's own default where it has one.
+            the backbone's own default where it has one; an empty list none: the predictor alone.
         exclude_modules: Names (or a regular expression) of layers to leave out.
         layers_to_transform: Indices of the layers to adapt, in a numbered list of layers.
         layers_pattern: Name of that list.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
@@ -80,6 +81,8 @@ class PreparingTuner(BaseTuner):
             config.target_modules = set(spec.target_modules)
         elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
             config.target_modules = set(self._all_linear())
+        elif not config.target_modules and config.predictor is not None:
+            config.target_modules = DUMMY_TARGET_MODULES  # PEFT's name for an adapter without layers
 
     def _all_linear(self) -> Iterator[str]:
         for key, module in self._candidates():

@@ -1,0 +1,143 @@
+"""What a method makes of a backbone: a model that is ready to be trained on a city."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from stlora_peft.baselines import Baseline
+from stlora_peft.data import CityData, Windows
+from stlora_peft.errors import message
+from stlora_peft.evaluation import window_batches
+from stlora_peft.tuner.config import STLoraConfig
+from stlora_peft.tuner.node_bound import rebuild
+from stlora_peft.tuner.reestimation import reestimate
+from stlora_peft.tuner.spec import BackboneSpec
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is ready to be trained on a city.
+
+    Args:
+        model: What is to be trained are the parameters that require gradients.
+        implementation: How the method was realised on this backbone.
+    """
+
+    model: nn.Module
+    implementation: str
+
+    @property
+    def recipe(self) -> str:
+        """Hash of what the method trains and of its adapter's configuration: rows of one method must share it."""
+        trained = {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
+        adapters = getattr(self.model, "peft_config", {})
+        content = [self.implementation, trained, {name: config.to_dict() for name, config in adapters.items()}]
+        text = json.dumps(
+            content, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
+        )
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+Build = Callable[[nn.Module, CityData], Candidate]
+"""Makes an untrained model from a pristine backbone, which it does not change."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to bring a backbone to a city.
+
+    Args:
+        description: What it does, in one line.
+        build: Makes the model; None where the method has none.
+        trained: Whether the model is trained.
+        baseline: Forecaster without a backbone that is fitted instead.
+    """
+
+    description: str
+    build: Build | None = None
+    trained: bool = True
+    baseline: type[Baseline] | None = None
+
+
+def build_adapter(backbone: nn.Module, data: CityData, *, same_city: bool = False, **settings: Any) -> PeftModel:
+    """Put a new ST-LoRA adapter for a city on a copy of a backbone.
+
+    Args:
+        backbone: The backbone as it was pretrained; it is not changed.
+        data: The city. Its nodes, its scaler, window and horizon are noted in the adapter's configuration.
+        same_city: The backbone belongs to this city and keeps its node-bound normalisation statistics. Otherwise they
+            are re-estimated on the city's training windows.
+        **settings: Arguments of :class:`stlora_peft.STLoraConfig`.
+
+    Returns:
+        The model, its adapter without effect so far.
+
+    Raises:
+        ValueError: If a setting is out of range, or does not fit the backbone.
+
+    Example:
+        >>> from stlora_peft.backbones import build_backbone
+        >>> from stlora_peft.data import adaptation_split, prepare, simulate_city
+        >>> city = simulate_city(num_nodes=4, days=4, seed=0)
+        >>> split = adaptation_split(city.num_steps, city.steps_per_day, days=1)
+        >>> data = prepare(city, split, window=12, horizon=12)
+        >>> build_adapter(build_backbone("lstm", in_channels=3), data, r=4).peft_config["default"].num_nodes
+        4
+    """
+    known = {
+        "num_nodes": data.city.num_nodes,
+        "node_ids": list(data.city.node_ids),
+        "scaler": data.scaler.to_dict(),
+        "window": data.train.window,
+        "horizon": data.train.horizon,
+    }
+    model = get_peft_model(copy.deepcopy(backbone), STLoraConfig(**{**known, **settings}))
+    if not same_city:
+        reestimate(model, forward_batches(data.train, data))
+    return model
+
+
+def forward_batches(windows: Windows, data: CityData, batch_size: int = 64) -> Iterator[dict[str, torch.Tensor]]:
+    """Gather the arguments of a backbone's ``forward`` batch by batch, as ``reestimate`` takes them.
+
+    Args:
+        windows: The windows.
+        data: The city they come from, with its graph.
+        batch_size: Windows in one batch.
+
+    Yields:
+        Keyword arguments ``x``, ``edge_index``, ``edge_weight``.
+    """
+    for batch in window_batches(windows, batch_size):
+        yield {"x": batch["x"], "edge_index": data.edge_index, "edge_weight": data.edge_weight}
+
+
+def rebuilt(backbone: nn.Module, data: CityData) -> nn.Module:
+    """Copy the backbone, make it fit the city and re-estimate its node-bound statistics."""
+    model = rebuild(backbone, data.city.num_nodes)
+    reestimate(model, forward_batches(data.train, data))
+    return model
+
+
+def backbone_spec(backbone: nn.Module) -> BackboneSpec:
+    """Return what the backbone says about its layers."""
+    spec = getattr(backbone, "stlora_spec", None)
+    if not isinstance(spec, BackboneSpec):
+        raise ValueError(
+            message(
+                f"backbone '{type(backbone).__name__}' does not say which layers these methods train",
+                expected="a class attribute stlora_spec of type BackboneSpec",
+                got="none",
+                fix="add one to the class, or compare zero-shot, full and the methods without a backbone only",
+            )
+        )
+    return spec
