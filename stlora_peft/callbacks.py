@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -91,25 +92,27 @@ class KeepBest(TrainerCallback):
     was given. Only what training can change is copied.
 
     Args:
-        patience: Evaluations in a row without an improvement after which training stops.
+        patience: Evaluations in a row without an improvement after which training stops; None never stops it.
 
     Attributes:
         best_mae: Lowest validation error so far.
         best_epoch: Epoch after which it was measured; 0 is the untrained model.
         waited: Evaluations since then.
+        reached: When it was measured, by ``time.perf_counter``.
     """
 
-    def __init__(self, patience: int) -> None:
+    def __init__(self, patience: int | None) -> None:
         self.patience = patience
         self.best_mae = float("inf")
         self.best_epoch = 0
         self.waited = 0
+        self.reached = 0.0
         self.tensors: dict[str, torch.Tensor] = {}
 
     @property
     def exhausted(self) -> bool:
         """Whether patience has run out."""
-        return self.waited >= self.patience
+        return self.patience is not None and self.waited >= self.patience
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -122,13 +125,10 @@ class KeepBest(TrainerCallback):
             self.best_mae = mae if mae == mae else float("inf")
             self.best_epoch = round(state.epoch or 0)
             self.waited = 0
+            self.reached = time.perf_counter()
         else:
             self.waited += 1
         control.should_training_stop |= self.exhausted
-
-    def restore(self, model: nn.Module) -> None:
-        """Write the best state back into a model."""
-        copy_state(self.tensors, model)
 
 
 class KeepNewest(TrainerCallback):
@@ -147,7 +147,7 @@ class KeepNewest(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """Draws a training on a rich progress display: the steps done, the epoch, the validation error.
+    """Draws a training on a rich progress display: the steps done, the epoch, the error.
 
     Args:
         description: Words before the bar.
@@ -187,6 +187,12 @@ class ProgressBar(TrainerCallback):
             self._best = min(self._best, mae)
             note = f"epoch {round(state.epoch or 0)}, validation MAE {mae:.4g} (best {self._best:.4g})"
             self._progress.update(self._task, note=note)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the training error where nothing validates."""
+        loss = kwargs["logs"].get("loss")
+        if self._task is not None and loss is not None and args.eval_strategy == "no":
+            self._progress.update(self._task, note=f"epoch {state.epoch or 0:.1f}, training MAE {loss:.4g}")
 
     def close(self) -> None:
         """Take the bar away, or leave its last state where it has a display of its own."""

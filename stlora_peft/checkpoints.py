@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 STATE, AVERAGE, BEST, PROGRESS = "state.safetensors", "average.safetensors", "best.safetensors", "progress.json"
 TRAINER_STATE = "trainer_state.json"  # the Trainer writes it last: a folder without it is half-written
-_MAY_CHANGE = ("max_epochs", "patience", "eval_batch_size", "progress")
+_MAY_CHANGE = ("max_epochs", "max_steps", "patience", "eval_batch_size", "progress")
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -71,7 +72,7 @@ def signature(model: nn.Module, data: CityData, options: TrainingOptions) -> dic
     shapes = {name: list(tensor.shape) for name, tensor in trainable_state(model).items()}
     return {
         "options": {name: value for name, value in asdict(options).items() if name not in _MAY_CHANGE},
-        "city": {"name": data.city.name, "nodes": data.city.num_nodes, "windows": len(data.train)},
+        "city": {"name": data.city.name, "nodes": data.city.num_nodes, "windows": len(options.windows(data))},
         "scaler": data.scaler.to_dict(),
         "trained tensors": shapes,
         "frozen weights": digest.hexdigest(),
@@ -108,8 +109,10 @@ def save_checkpoint(
     folder = Path(folder)
     save_tensors(folder / STATE, trainable_state(model))
     save_tensors(folder / AVERAGE, average.tensors)
-    save_tensors(folder / BEST, best.tensors)
-    progress = {"best_mae": best.best_mae, "best_epoch": best.best_epoch, "waited": best.waited}
+    if best.patience is not None:  # otherwise nothing validates
+        save_tensors(folder / BEST, best.tensors)
+    lowest = best.best_mae if math.isfinite(best.best_mae) else None
+    progress = {"best_mae": lowest, "best_epoch": best.best_epoch, "waited": best.waited}
     write_json(folder / PROGRESS, {**progress, "training": described})
 
 
@@ -137,9 +140,15 @@ def load_checkpoint(
     _check_same(folder, progress.get("training", {}), described)
     device = next(model.parameters()).device
     copy_state(load_tensors(folder / STATE), model)
-    for holder, file in ((average, AVERAGE), (best, BEST)):
-        holder.tensors = {name: tensor.to(device) for name, tensor in load_tensors(folder / file).items()}
-    best.best_mae, best.best_epoch, best.waited = (progress[key] for key in ("best_mae", "best_epoch", "waited"))
+    average.tensors = _load_to(device, folder / AVERAGE)
+    if best.patience is not None:
+        best.tensors = _load_to(device, folder / BEST)
+    best.best_epoch, best.waited = progress["best_epoch"], progress["waited"]
+    best.best_mae = math.inf if progress["best_mae"] is None else progress["best_mae"]
+
+
+def _load_to(device: torch.device, path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in load_tensors(path).items()}
 
 
 def _check_same(folder: Path, stored: dict[str, Any], described: dict[str, Any]) -> None:

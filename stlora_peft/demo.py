@@ -12,10 +12,11 @@ from torch import nn
 
 from stlora_peft import rebuild
 from stlora_peft.backbones import build_backbone
-from stlora_peft.comparison import Row, compare
+from stlora_peft.comparison import compare
 from stlora_peft.data import City, CityData, prepare, pretraining_split, simulate_city
 from stlora_peft.evaluation import evaluate, evaluate_persistence, forecast_batches
 from stlora_peft.figures import draw_against_truth, pick_nodes
+from stlora_peft.measurement import Row
 from stlora_peft.methods import build_adapter
 from stlora_peft.metrics import Metrics
 from stlora_peft.storage import SavedBackbone, load_adapter, load_backbone, save_adapter, save_backbone
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 PRETRAINING = TrainingOptions(learning_rate=3e-3, max_epochs=12, batch_size=64, progress=False)
-ADAPTATION = TrainingOptions(learning_rate=1e-3, max_epochs=20)
+ADAPTATION = TrainingOptions(learning_rate=3e-3, patience=None, max_steps=400)
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ def compare_methods(places: Places, settings: DemoSettings, saved: SavedBackbone
         seeds=[settings.adaptation.seed],
         learning_rates=[settings.adaptation.learning_rate],
         options=settings.adaptation,
+        refit_steps=settings.adaptation.max_steps or 0,
         output_dir=places.comparison,
     )
 

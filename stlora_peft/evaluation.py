@@ -13,9 +13,12 @@ from stlora_peft.data import CityData, Windows
 from stlora_peft.data.windows import last_reading
 from stlora_peft.errors import message
 from stlora_peft.metrics import ErrorSums, Metrics
+from stlora_peft.significance import DailyErrors
 
 
-def evaluate(model: nn.Module, windows: Windows, data: CityData, *, batch_size: int = 64) -> Metrics:
+def evaluate(
+    model: nn.Module, windows: Windows, data: CityData, *, batch_size: int = 64, daily: DailyErrors | None = None
+) -> Metrics:
     """Compare a model's forecasts with the truth.
 
     Args:
@@ -23,6 +26,7 @@ def evaluate(model: nn.Module, windows: Windows, data: CityData, *, batch_size: 
         windows: Which windows to forecast: ``data.train``, ``data.val`` or ``data.test``.
         data: The city they come from, with its scaler and its graph.
         batch_size: Windows in one forward pass.
+        daily: Takes the errors in day by day as well.
 
     Returns:
         Errors in the city's units, missing truths left out.
@@ -30,35 +34,41 @@ def evaluate(model: nn.Module, windows: Windows, data: CityData, *, batch_size: 
     Raises:
         ValueError: If window, horizon or channels of the data do not fit the model.
     """
-    return measure(forecast_batches(model, windows, data, batch_size=batch_size), windows.horizon)
+    return measure(forecast_batches(model, windows, data, batch_size=batch_size), windows.horizon, daily)
 
 
-def evaluate_persistence(windows: Windows, data: CityData, *, batch_size: int = 64) -> Metrics:
+def evaluate_persistence(
+    windows: Windows, data: CityData, *, batch_size: int = 64, daily: DailyErrors | None = None
+) -> Metrics:
     """Compare the forecast "as it is now" with the truth; see :func:`persistence_batches`.
 
     Args:
         windows: Which windows to forecast.
         data: The city they come from, with its scaler.
         batch_size: Windows in one step.
+        daily: Takes the errors in day by day as well.
 
     Returns:
         Errors in the city's units, missing truths left out.
     """
-    return measure(persistence_batches(windows, data, batch_size=batch_size), windows.horizon)
+    return measure(persistence_batches(windows, data, batch_size=batch_size), windows.horizon, daily)
 
 
-def measure(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], horizon: int) -> Metrics:
+def measure(
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]], horizon: int, daily: DailyErrors | None = None
+) -> Metrics:
     """Compare forecasts with the truth.
 
     Args:
         batches: Forecast and truth, batch by batch, ``[b t n c]``.
         horizon: Number of forecast steps.
+        daily: Takes the errors in day by day as well.
 
     Returns:
         Errors in the units of the batches, missing truths left out.
     """
     sums = ErrorSums(horizon)
-    for forecast, truth in batches:
+    for forecast, truth in batches if daily is None else daily.watch(batches):
         sums.add(forecast, truth)
     return sums.metrics()
 

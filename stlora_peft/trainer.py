@@ -11,8 +11,16 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from stlora_peft.callbacks import KeepBest, KeepNewest, MovingAverage
-from stlora_peft.checkpoints import TRAINER_STATE, load_checkpoint, newest_checkpoint, save_checkpoint, signature
+from stlora_peft.checkpoints import (
+    TRAINER_STATE,
+    copy_state,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    signature,
+)
 from stlora_peft.data import CityData
+from stlora_peft.errors import message
 from stlora_peft.evaluation import evaluate
 from stlora_peft.metrics import masked_mae
 from stlora_peft.training import TrainingOptions
@@ -73,8 +81,8 @@ class CityTrainer(Trainer):
             model=model,
             args=_arguments(options, folder, keep),
             data_collator=_as_it_is,
-            train_dataset=data.train,
-            eval_dataset=data.val,
+            train_dataset=options.windows(data),
+            eval_dataset=None if options.patience is None else data.val,
             callbacks=[*watchers, KeepNewest()],
             optimizers=(optimizer, None),
         )
@@ -98,10 +106,18 @@ class CityTrainer(Trainer):
             load_checkpoint(newest, self._forecaster, self._average, self._best, self._signature)
             self.state = TrainerState.load_from_json(str(newest / TRAINER_STATE))
             self.args.eval_on_start = False
-            if not self._best.exhausted and (self.state.epoch or 0) < self._options.max_epochs:
+            if not (self._best.exhausted or self._complete()):
                 self._guarded_train(str(newest))
-        self._best.restore(self._forecaster)
+        final = self._average.tensors if self._options.patience is None else self._best.tensors
+        _check_finite(final, self._options)
+        copy_state(final, self._forecaster)
         self._forecaster.eval()
+
+    def _complete(self) -> bool:
+        """Whether the checkpoint was written after the last step."""
+        if self._options.max_steps is not None:
+            return self.state.global_step >= self._options.max_steps
+        return (self.state.epoch or 0) >= self._options.max_epochs
 
     def _guarded_train(self, checkpoint: str | None) -> None:
         """Run the Trainer's loop and take off what accelerate put around the model."""
@@ -158,6 +174,7 @@ def _arguments(options: TrainingOptions, folder: Path, keep: bool) -> TrainingAr
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=options.max_epochs,
+        max_steps=options.max_steps or -1,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.eval_batch_size,
         learning_rate=options.learning_rate,
@@ -167,8 +184,8 @@ def _arguments(options: TrainingOptions, folder: Path, keep: bool) -> TrainingAr
         use_cpu=not torch.accelerator.is_available(),  # says so aloud, or bf16 would be refused
         bf16=options.mixed_precision == "bf16",
         fp16=options.mixed_precision == "fp16",
-        eval_strategy="epoch",
-        eval_on_start=True,
+        eval_strategy="no" if options.patience is None else "epoch",
+        eval_on_start=options.patience is not None,
         save_strategy="epoch" if keep else "no",
         logging_strategy="epoch",
         logging_nan_inf_filter=False,  # it waits for the device at every step
@@ -181,6 +198,20 @@ def _arguments(options: TrainingOptions, folder: Path, keep: bool) -> TrainingAr
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # DataParallel would split the edges along with the batch
     return arguments
+
+
+def _check_finite(tensors: dict[str, torch.Tensor], options: TrainingOptions) -> None:
+    """Refuse a training that has diverged; one that validates falls back on its best state, which may be the start."""
+    wrong = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    if wrong is not None:
+        raise ValueError(
+            message(
+                "the training has diverged",
+                expected="finite numbers in everything that was trained",
+                got=f"NaN or infinity in '{wrong}' with learning_rate={options.learning_rate:g}",
+                fix="give a smaller learning rate, or look for readings that are out of scale",
+            )
+        )
 
 
 def _as_it_is(batch: Any) -> Any:

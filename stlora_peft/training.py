@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from stlora_peft.data import CityData
+from stlora_peft.data import CityData, Windows
 from stlora_peft.errors import message
 from stlora_peft.evaluation import check_fit, window_batches
 
@@ -30,7 +30,9 @@ class TrainingOptions:
         learning_rate: Step size of AdamW, constant over the training.
         weight_decay: Decoupled weight decay, on matrices only (not on biases, norms and other vectors).
         max_epochs: Passes over the training windows at most.
-        patience: Passes in a row without a better validation error after which training stops.
+        patience: Passes in a row without a better validation error after which training stops. None trains on all
+            given windows without validation, for the whole of ``max_epochs`` or ``max_steps``.
+        max_steps: Steps to make, in place of ``max_epochs``.
         batch_size: Windows in one step.
         eval_batch_size: Windows in one forward pass of the validation.
         max_grad_norm: Longer gradients are shortened to this norm; 0 leaves them as they are.
@@ -53,7 +55,8 @@ class TrainingOptions:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     max_epochs: int = 50
-    patience: int = 10
+    patience: int | None = 10
+    max_steps: int | None = None
     batch_size: int = 32
     eval_batch_size: int = 64
     max_grad_norm: float = 5.0
@@ -65,15 +68,25 @@ class TrainingOptions:
     @property
     def budget(self) -> str:
         """What the trainings of one table share, in words."""
-        return (
-            f"{self.max_epochs} epochs, patience {self.patience}, batches of {self.batch_size} windows, "
-            f"moving average with decay {self.ema_decay:g}"
-        )
+        return f"{self.length}, batches of {self.batch_size} windows, moving average with decay {self.ema_decay:g}"
+
+    @property
+    def length(self) -> str:
+        """How long a training takes, in words."""
+        steps = f"{self.max_epochs} epochs" if self.max_steps is None else f"{self.max_steps} steps"
+        return steps if self.patience is None else f"{steps}, patience {self.patience}"
+
+    def windows(self, data: CityData) -> Windows:
+        """Choose the windows that are trained on: all given ones where nothing validates."""
+        return data.given if self.patience is None else data.train
 
     def __post_init__(self) -> None:
         """Check every range."""
-        for name in ("max_epochs", "patience", "batch_size", "eval_batch_size"):
+        for name in ("max_epochs", "batch_size", "eval_batch_size"):
             self._require(name, getattr(self, name) >= 1, f"{name} >= 1")
+        for name in ("patience", "max_steps"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, f"{name} >= 1, or None")
         for name in ("weight_decay", "max_grad_norm", "seed"):
             self._require(name, getattr(self, name) >= 0, f"{name} >= 0")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "0 <= ema_decay < 1")
@@ -98,12 +111,15 @@ class TrainingResult:
     """What came out of a training.
 
     Args:
-        best_val_mae: Lowest validation MAE; the model is left in the state that reached it.
+        best_val_mae: Lowest validation MAE; the model is left in the state that reached it. Infinite where nothing
+            validated: the model is left in the average of the last steps.
         best_epoch: Passes over the data after which it was reached; 0 means that training did not help and the model
             is as it was given.
         epochs: Passes that were made.
         seconds: Wall time, validation included.
-        history: One entry for each validation: ``epoch``, ``val_mae`` and, after the first, ``train_mae``.
+        seconds_to_best: Wall time until the lowest validation MAE was reached.
+        history: One entry for each pass: ``epoch``, ``train_mae`` but for the one before the first step, and
+            ``val_mae`` where it was validated.
 
     Units:
         Errors in the city's units.
@@ -113,6 +129,7 @@ class TrainingResult:
     best_epoch: int
     epochs: int
     seconds: float
+    seconds_to_best: float = 0.0
     history: tuple[dict[str, float], ...] = field(default=(), repr=False)
 
 
@@ -128,7 +145,8 @@ def train(
 
     The loss is the masked mean absolute error in the city's units. What is validated, before the first step and after
     every pass over the data, is the moving average of the trained tensors over the steps; the model ends in its best
-    state, which may be the one it came in. The same seed gives the same numbers bit for bit on the same machine.
+    state, which may be the one it came in. With ``patience=None`` nothing validates, all given windows train, and the
+    model ends in the average. The same seed gives the same numbers bit for bit on the same machine.
     Modules that are bound to the number of nodes must fit the city already, see :func:`stlora_peft.tuner.rebuild` and
     :func:`stlora_peft.tuner.reestimate`.
 
@@ -146,7 +164,8 @@ def train(
 
     Raises:
         ValueError: If window, horizon or channels of the data do not fit the model, if nothing can be trained or
-            validated, or if ``output_dir`` holds the checkpoints of another training.
+            validated, if it diverges without a validation, or if ``output_dir`` holds the checkpoints of another
+            training.
 
     Example:
         >>> from stlora_peft.backbones import build_backbone
@@ -166,7 +185,7 @@ def train(
     from stlora_peft.trainer import CityTrainer
 
     options = options or TrainingOptions()
-    _check_trainable(model, data)
+    _check_trainable(model, data, options)
     best, average = KeepBest(options.patience), MovingAverage(options.ema_decay)
     began = time.perf_counter()
     with ExitStack() as stack:
@@ -187,6 +206,7 @@ def train(
         best_epoch=best.best_epoch,
         epochs=round(trainer.state.epoch or 0),
         seconds=time.perf_counter() - began,
+        seconds_to_best=max(best.reached - began, 0.0) if best.tensors else 0.0,
         history=tuple(_history(trainer.state.log_history)),
     )
 
@@ -206,9 +226,10 @@ def _deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def _check_trainable(model: nn.Module, data: CityData) -> None:
+def _check_trainable(model: nn.Module, data: CityData, options: TrainingOptions) -> None:
     """Refuse what cannot be trained, before anything is changed."""
     check_fit(model, data.train)
+    validation = [] if options.patience is None else [("validation", data.val)]
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             message(
@@ -218,7 +239,7 @@ def _check_trainable(model: nn.Module, data: CityData) -> None:
                 fix="add an adapter with get_peft_model, or call requires_grad_(True) on what shall be trained",
             )
         )
-    for part, windows in (("training", data.train), ("validation", data.val)):
+    for part, windows in [("training", options.windows(data)), *validation]:
         if not any(bool(torch.isfinite(batch["y"]).any()) for batch in window_batches(windows, 64)):
             raise ValueError(
                 message(
@@ -236,4 +257,4 @@ def _history(log: list[dict[str, float]]) -> list[dict[str, float]]:
     for line in log:
         entry = entries.setdefault(round(line["epoch"]), {"epoch": round(line["epoch"])})
         entry |= {new: line[old] for old, new in (("loss", "train_mae"), ("eval_mae", "val_mae")) if old in line}
-    return [entry for entry in entries.values() if "val_mae" in entry]
+    return [entry for entry in entries.values() if "val_mae" in entry or "train_mae" in entry]

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from stlora_peft.callbacks import KeepBest, ProgressBar
+from stlora_peft.checkpoints import copy_state
 
 
 def evaluated(best: KeepBest, model: nn.Module, errors: list[float]) -> TrainerControl:
@@ -21,7 +22,7 @@ def evaluated(best: KeepBest, model: nn.Module, errors: list[float]) -> TrainerC
 def test_keep_best_restores_the_state_of_the_lowest_error() -> None:
     best, model = KeepBest(patience=5), nn.Linear(1, 1)
     control = evaluated(best, model, [3.0, 2.0, 2.5])
-    best.restore(model)
+    copy_state(best.tensors, model)
     assert (model.bias.item(), best.best_mae, best.best_epoch, best.waited) == (1.0, 2.0, 1, 1)
     assert not control.should_training_stop
 
@@ -34,7 +35,7 @@ def test_keep_best_stops_when_patience_runs_out_and_counts_anew_after_an_improve
 def test_keep_best_takes_any_number_after_nan_and_never_a_nan() -> None:
     best, model = KeepBest(patience=5), nn.Linear(1, 1)
     evaluated(best, model, [float("nan"), 7.0, float("nan")])
-    best.restore(model)
+    copy_state(best.tensors, model)
     assert (model.bias.item(), best.best_mae) == (1.0, 7.0)
 
 

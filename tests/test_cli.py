@@ -29,6 +29,7 @@ from stlora_peft.tuner.conditioning import CONDITIONINGS
 
 COMMANDS = ["demo", "simulate", "convert", "pretrain", "adapt", "evaluate", "compare", "table", "forecast"]
 QUICK = ["--epochs", "1", "--batch-size", "64"]
+BRIEF = [*QUICK, "--refit-steps", "2"]
 
 
 def run(*words: object) -> Result:
@@ -61,7 +62,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pretrained = run("pretrain", folder / "home.npz", "--out", folder / "base", "--width", 4, *QUICK)
     assert pretrained.exit_code == 0, pretrained.output
     adapted = run(
-        "adapt", folder / "away.npz", "--base", folder / "base", "--days", 8, "--out", folder / "adapter", *QUICK
+        "adapt", folder / "away.npz", "--base", folder / "base", "--days", 8, "--out", folder / "adapter", *BRIEF
     )
     assert adapted.exit_code == 0, adapted.output
     return folder
@@ -135,7 +136,7 @@ def test_command_line_in_a_process_of_its_own_exits_with_2_and_writes_pure_json(
         "  to fix:   check the path",
     ]
     out = str(tmp_path / "adapter")
-    right = stlora("adapt", "away.npz", "--base", "base", "--days", "8", "--out", out, *QUICK, "--json")
+    right = stlora("adapt", "away.npz", "--base", "base", "--days", "8", "--out", out, *BRIEF, "--json")
     assert right.returncode == 0
     assert json.loads(right.stdout)["out"] == out
     assert "validation MAE" in right.stderr  # the progress bar
@@ -298,7 +299,7 @@ def test_pretrain_goes_on_after_an_interruption(work: Path, tmp_path: Path, monk
 
 def test_adapt_says_what_was_trained_and_what_it_weighs(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
-    words = ["--conditioning", "embedding", "--rank", 2, "--no-predictor", "--days", 8, *QUICK]
+    words = ["--conditioning", "embedding", "--rank", 2, "--no-predictor", "--days", 8, *BRIEF]
     found = answer("adapt", work / "away.npz", "--base", work / "base", "--out", out, *words)
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["conditioning"], config["r"], config["lora_alpha"]) == ("embedding", 2, 4)
@@ -307,11 +308,13 @@ def test_adapt_says_what_was_trained_and_what_it_weighs(work: Path, tmp_path: Pa
     assert found["adapter_bytes"] == (out / "adapter_model.safetensors").stat().st_size
     assert found["trainable_parameters"] < sum(parameter.numel() for parameter in model.parameters())
     assert found["training"]["best_val_mae"] <= found["val_mae_before"]
+    assert found["refit"]["history"][-1]["train_mae"] > 0
+    assert found["refit"]["best_val_mae"] is None
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_adapt_repeats_the_options_that_read_the_city_in_the_next_command(work: Path, tmp_path: Path) -> None:
-    words = ["--days", 8, *QUICK, "--zeros-missing", "--quantity", "speed (mph)"]
+    words = ["--days", 8, *BRIEF, "--zeros-missing", "--quantity", "speed (mph)"]
     result = run("adapt", work / "away.npz", "--base", work / "base", "--out", tmp_path / "adapter", *words)
     assert result.stdout.splitlines()[-1].endswith("--quantity 'speed (mph)' --zeros-missing")
 
@@ -371,7 +374,7 @@ def test_evaluate_city_with_other_channels_says_how_to_choose(work: Path, tmp_pa
 
 
 def test_compare_writes_rows_table_and_figure_and_resumes(work: Path, tmp_path: Path) -> None:
-    words = ["compare", work / "away.npz", "--base", work / "base", "--days", 8, "--out", tmp_path / "c", *QUICK]
+    words = ["compare", work / "away.npz", "--base", work / "base", "--days", 8, "--out", tmp_path / "c", *BRIEF]
     words += ["--learning-rates", "0.001"]
     first = answer(*words, "--methods", "zero-shot,head", "--seeds", "0,1")
     rows = json.loads((tmp_path / "c" / "results.json").read_text())
@@ -397,7 +400,7 @@ def test_compare_without_matplotlib_writes_the_rest(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    words = ["compare", work / "away.npz", "--base", work / "base", "--days", 8, "--out", tmp_path, *QUICK]
+    words = ["compare", work / "away.npz", "--base", work / "base", "--days", 8, "--out", tmp_path, *BRIEF]
     result = run(*words, "--methods", "persistence", "--seeds", 0)
     assert result.exit_code == 0
     assert "No figure: pip install 'stlora-peft[figures]'" in result.stderr
@@ -482,7 +485,7 @@ def test_forecast_of_two_channels_names_the_channel(tmp_path: Path) -> None:
 
 def test_force_replaces_an_adapter(work: Path, tmp_path: Path) -> None:
     shutil.copytree(work / "adapter", tmp_path / "adapter")
-    words = ["adapt", work / "away.npz", "--base", work / "base", "--days", 8, "--out", tmp_path / "adapter", *QUICK]
+    words = ["adapt", work / "away.npz", "--base", work / "base", "--days", 8, "--out", tmp_path / "adapter", *BRIEF]
     assert mistake(*words)[3] == "  to fix:   give another --out, or --force to overwrite it"
     before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
     assert run(*words, "--seed", 1, "--force").exit_code == 0

@@ -7,17 +7,19 @@ import pytest
 import torch
 from small_city import small_city
 
-from stlora_peft import comparison
+from stlora_peft import measurement
 from stlora_peft.backbones import build_backbone
 from stlora_peft.baselines import BASELINES
-from stlora_peft.comparison import Row, adaptation_data, adapter_bytes, compare
+from stlora_peft.comparison import adaptation_data, compare
 from stlora_peft.data import CityData, Scaler
 from stlora_peft.evaluation import evaluate
+from stlora_peft.measurement import Row, adapter_bytes
 from stlora_peft.methods import METHODS, Candidate, build_adapter
 from stlora_peft.storage import SavedBackbone, load_backbone, save_backbone
-from stlora_peft.training import TrainingOptions
+from stlora_peft.training import TrainingOptions, train
 
 OPTIONS = TrainingOptions(max_epochs=2, progress=False)
+STEPS = {"refit_steps": 5}
 CITY = small_city(num_nodes=5)
 
 
@@ -33,14 +35,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> SavedBackbone:
 @pytest.fixture(scope="module")
 def rows(saved: SavedBackbone) -> dict[str, Row]:
     rates = (1e-3, 1e-2)
-    found = compare(
-        saved, CITY, days=8, methods=list(METHODS), seeds=[1], options=OPTIONS, learning_rates=rates, output_dir=None
-    )
+    methods = [name for name in METHODS if not name.startswith("st-lora-")]
+    found = compare(saved, CITY, days=8, methods=methods, seeds=[1], options=OPTIONS, learning_rates=rates, **STEPS)
     return {row["method"]: row for row in found}
 
 
 def test_compare_gives_a_row_of_every_method_that_json_can_hold(rows: dict[str, Row]) -> None:
-    assert list(rows) == list(METHODS)
+    assert list(rows) == [name for name in METHODS if not name.startswith("st-lora-")]
     for row in rows.values():
         assert (row["days"], row["seed"]) == (8, 1)
         assert set(row["horizons"]) == {"3", "6", "12", "average"}
@@ -98,7 +99,9 @@ def test_compare_without_the_packages_of_a_baseline_raises_before_any_work(
 
 def test_compare_is_repeatable_whatever_ran_before_and_seeds_differ(saved: SavedBackbone) -> None:
     def run(methods: list[str], seeds: list[int]) -> list[Row]:
-        return compare(saved, CITY, days=8, methods=methods, seeds=seeds, options=OPTIONS, learning_rates=[1e-2])
+        return compare(
+            saved, CITY, days=8, methods=methods, seeds=seeds, options=OPTIONS, learning_rates=[1e-2], refit_steps=0
+        )
 
     _, after_another_method = run(["head", "st-lora"], [1])
     other_seed, after_another_seed = run(["st-lora"], [2, 1])
@@ -109,22 +112,52 @@ def test_compare_is_repeatable_whatever_ran_before_and_seeds_differ(saved: Saved
 
 def test_compare_chooses_the_rate_on_validation_data(saved: SavedBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     parts: list[str] = []
-    real = comparison.evaluate
+    real = measurement.evaluate
 
     def spy(model: torch.nn.Module, windows: object, data: object, **kwargs: int) -> object:
         parts.append("test" if windows is data.test else "other")  # type: ignore[attr-defined]
         return real(model, windows, data, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(comparison, "evaluate", spy)
+    monkeypatch.setattr(measurement, "evaluate", spy)
     rates = (1e-4, 1e-2)
-    (row,) = compare(saved, CITY, days=8, methods=["head"], seeds=[0], options=OPTIONS, learning_rates=rates)
-    alone = [
-        compare(saved, CITY, days=8, methods=["head"], seeds=[0], options=OPTIONS, learning_rates=[rate])[0]
-        for rate in rates
-    ]
+    plan = {"days": 8, "methods": ["head"], "seeds": [0], "options": OPTIONS, "refit_steps": 0}
+    (row,) = compare(saved, CITY, **plan, learning_rates=rates)
+    alone = [compare(saved, CITY, **plan, learning_rates=[rate])[0] for rate in rates]
     best = min(alone, key=lambda one: one["best_val_mae"])
     assert (row["learning_rate"], row["mae"]) == (best["learning_rate"], best["mae"])
     assert parts == ["test"] * 3  # once for each comparison, whatever the grid
+
+
+def test_compare_tests_a_model_that_was_trained_anew_on_all_given_days_with_the_rate_that_validated_best(
+    saved: SavedBackbone,
+) -> None:
+    plan = {"days": 8, "methods": ["st-lora"], "seeds": [3], "options": OPTIONS, "learning_rates": (1e-4, 1e-2)}
+    (chosen,) = compare(saved, CITY, **plan, refit_steps=0)
+    (row,) = compare(saved, CITY, **plan, refit_steps=7)
+    for key in ("learning_rate", "best_val_mae", "best_epoch"):
+        assert row[key] == chosen[key]
+    assert row["search_seconds"] > chosen["search_seconds"] - chosen["seconds"]
+
+    data = adaptation_data(saved, CITY, 8)
+    assert len(data.given) > len(data.train) + len(data.val)
+    torch.manual_seed(3)
+    model = METHODS["st-lora"].build(saved.backbone, data).model
+    how = replace(OPTIONS, learning_rate=row["learning_rate"], seed=3, patience=None, max_steps=7)
+    train(model, data, how)
+    assert evaluate(model, data.test, data).mae == row["mae"] != chosen["mae"]
+
+
+def test_compare_with_one_rate_trains_once_and_validates_nothing(saved: SavedBackbone) -> None:
+    plan = {"days": 8, "methods": ["head"], "seeds": [0], "options": OPTIONS, "learning_rates": [1e-2]}
+    (row,) = compare(saved, CITY, **plan, **STEPS)
+    assert (row["best_val_mae"], row["best_epoch"], row["seconds_to_best"]) == (None, None, None)
+    assert row["seconds"] == row["search_seconds"] > 0
+
+
+def test_compare_rows_hold_the_errors_of_every_day(rows: dict[str, Row]) -> None:
+    for row in rows.values():
+        sums, counts = (sum(day[i] for day in row["daily"]) for i in (1, 2))
+        assert sums / counts == pytest.approx(row["mae"], rel=1e-6)
 
 
 def test_compare_resumes_and_writes_after_every_row(
@@ -140,12 +173,13 @@ def test_compare_resumes_and_writes_after_every_row(
             options=replace(OPTIONS, max_epochs=1),
             learning_rates=[1e-3],
             output_dir=tmp_path,
+            **STEPS,
         )
 
     first = run(["zero-shot", "head"], [0])
     assert json.loads((tmp_path / "results.json").read_text()) == first
     trained: list[int] = []
-    real = comparison.train
+    real = measurement.train
 
     def spy(model: torch.nn.Module, data: object, options: TrainingOptions, **kwargs: object) -> object:
         trained.append(options.seed)
@@ -153,7 +187,7 @@ def test_compare_resumes_and_writes_after_every_row(
             raise KeyboardInterrupt
         return real(model, data, options, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(comparison, "train", spy)
+    monkeypatch.setattr(measurement, "train", spy)
     with pytest.raises(KeyboardInterrupt):
         run(["head"], [0, 1, 2])
     assert trained == [1, 2]
@@ -190,10 +224,8 @@ def test_compare_into_results_of_another_recipe_of_the_method_raises(
     saved: SavedBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(*names: str) -> list[Row]:
-        rates = [1e-3]
-        return compare(
-            saved, CITY, days=8, methods=names, seeds=[0], options=OPTIONS, learning_rates=rates, output_dir=tmp_path
-        )
+        plan = {"days": 8, "seeds": [0], "options": OPTIONS, "learning_rates": [1e-3], **STEPS}
+        return compare(saved, CITY, methods=names, **plan, output_dir=tmp_path)
 
     rows = run("head", "lora")
     before = (tmp_path / "results.json").read_bytes()
@@ -236,7 +268,7 @@ def test_compare_with_an_empty_list_raises(saved: SavedBackbone, name: str) -> N
 
 def test_compare_shows_progress_on_standard_error(saved: SavedBackbone, capfd: pytest.CaptureFixture[str]) -> None:
     options = TrainingOptions(max_epochs=1, progress=True)
-    (row,) = compare(saved, CITY, days=8, methods=["head"], seeds=[0], options=options, learning_rates=[1e-3])
+    (row,) = compare(saved, CITY, days=8, methods=["head"], seeds=[0], options=options, learning_rates=[1e-3], **STEPS)
     out, err = capfd.readouterr()
     assert out == ""
     assert "compare" in err

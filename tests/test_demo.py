@@ -21,7 +21,7 @@ SMALL = DemoSettings(
     days=1,
     width=4,
     pretraining=TrainingOptions(max_epochs=1, batch_size=64, progress=False),
-    adaptation=TrainingOptions(max_epochs=1, batch_size=64),
+    adaptation=TrainingOptions(patience=None, max_steps=3, batch_size=64),
 )
 
 

@@ -174,9 +174,7 @@ def test_full_with_node_embedding_trains_the_backbone_and_a_vector_of_each_node_
     candidate = METHODS["full+node-embedding"].build(make("stgcn"), data)
     names = {name.removeprefix("base_model.model.") for name in trainable(candidate.model)}
     vectors = {name.partition(".nall_")[0] for name in names if name.endswith("nall_node_vector.default")}
-    assert (
-        len(vectors) == 16
-    )  # of two blocks: 2 x 3 convolutions and a graph convolution each; 2 of the head
+    assert len(vectors) == 16  # of two blocks: 2 x 3 convolutions and a graph convolution each; 2 of the head
     assert names >= {f"{layer}.nall_B.default" for layer in vectors}
     assert not any("nall_A" in name or "stlora_predictor" in name for name in names)
     own = {name.replace("base_layer.", "") for name in names if "nall_" not in name}

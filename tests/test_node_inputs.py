@@ -15,9 +15,9 @@ from toys import assert_same, call, graph, raised, small_backbone, windows
 
 from stlora_peft.backbones import build_backbone
 from stlora_peft.checkpoints import trainable_state
-from stlora_peft.comparison import adapter_bytes
 from stlora_peft.data import CityData
 from stlora_peft.evaluation import evaluate
+from stlora_peft.measurement import adapter_bytes
 from stlora_peft.methods.node_inputs import (
     InputShift,
     NodeEmbedding,

@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from stlora_peft.figures import save_figure
-from stlora_peft.pareto_figure import ACCENT, FRONT, OTHERS, draw_pareto
+from stlora_peft.pareto_figure import ACCENT, FRONT, OTHERS, THIN, draw_pareto
 
 METHODS = {
     "zero-shot": (0, 3.55),
@@ -171,10 +171,25 @@ def test_names_in_the_saved_figure_cover_neither_each_other_nor_points(seed: int
         assert [name for name, box in names.items() for point in points if covered(box, point)] == []
 
 
-def test_naming_the_points_leaves_the_scale_alone() -> None:
-    crowd = [row for number in range(12) for row in rows(f"adapter-{number}", 2 + number / 1e4, trained=1000 + number)]
-    (axes,) = draw_pareto({"A to B": crowd}, "km/h").axes
-    assert axes.get_ylim() == pytest.approx((2 - 0.12 * 0.0011, 2.0011 + 0.12 * 0.0011))
+def test_lines_between_a_crowd_of_points_and_its_names_end_at_the_names(tmp_path: Path) -> None:
+    crowd = [row for number in range(12) for row in rows(f"adapter-{number}", 2.0, trained=1000 + number)]
+    figure = draw_pareto({"A to B": crowd}, "km/h")
+    save_figure(figure, tmp_path / "pareto.png")
+    (axes,) = figure.axes
+    leaders = [line for line in axes.get_lines() if line.get_color() == THIN["color"]]
+    assert len(leaders) > 2
+    for line in leaders:
+        end = axes.transData.transform(np.transpose(line.get_data())[-1])
+        boxes = [extent(text).extents for text in axes.texts]
+        assert min(np.linalg.norm(np.clip(end, box[:2], box[2:]) - end) for box in boxes) < 3
+
+
+def test_saving_leaves_the_panels_where_the_names_were_placed(tmp_path: Path) -> None:
+    lines = [row for number in range(12) for row in rows(f"line-{number}", 3 + number / 1e3, trained=0)]
+    figure = draw_pareto({"A to B": SMALL + lines}, "km/h")
+    before = figure.axes[0].get_position().bounds
+    save_figure(figure, tmp_path / "pareto.png")
+    assert figure.axes[0].get_position().bounds == before
 
 
 def test_a_panel_without_any_trained_or_finite_method_is_drawn(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from toys import Holder, assert_same, raised
 
 from stlora_peft import STLoraConfig
 from stlora_peft.backbones import Forecaster, new_backbone
-from stlora_peft.comparison import adapter_bytes
 from stlora_peft.data import CityData, adaptation_split, prepare, simulate_city
+from stlora_peft.measurement import adapter_bytes
 from stlora_peft.methods.peft_layers import dora_model, low_rank_refusal, peft_targets
 from stlora_peft.training import TrainingOptions, train
 from stlora_peft.tuner.spec import BackboneSpec

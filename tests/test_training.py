@@ -1,4 +1,5 @@
 import copy
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_city import small_city, small_data
 from torch import nn
+from toys import raised
 from transformers import TrainerCallback
 
 from stlora_peft.backbones import build_backbone
 from stlora_peft.checkpoints import trainable_state
-from stlora_peft.data import CityData
+from stlora_peft.data import CityData, Windows
 from stlora_peft.evaluation import evaluate
 from stlora_peft.metrics import masked_mae
 from stlora_peft.training import TrainingOptions, train
@@ -154,6 +156,72 @@ def test_train_validates_and_keeps_the_moving_average_of_the_steps(data: CityDat
     assert evaluate(model, data.val, data).mae == pytest.approx(result.best_val_mae, rel=1e-9)
 
 
+def test_train_without_validation_takes_every_given_window_and_ends_in_the_average(data: CityData) -> None:
+    model, other, steps = Normed(), Normed(), Steps()
+    options = replace(QUIET, patience=None, max_steps=5, ema_decay=0.5, batch_size=16)
+    result = train(model, data, options, callbacks=[steps])
+    assert len(steps.states) == 6
+    assert (result.best_val_mae, result.best_epoch, result.seconds_to_best) == (math.inf, 0, 0.0)
+    assert not any("val_mae" in entry for entry in result.history)
+    average = steps.states[0]["layer.weight"].double()
+    for step, state in enumerate(steps.states[1:], start=1):
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * state["layer.weight"].double()
+    torch.testing.assert_close(model.layer.weight, average.float(), rtol=0, atol=1e-6)
+    assert not model.training
+
+    # the validation part takes part: other truths there, another model
+    changed = data.train.targets.clone()
+    changed[data.split.val.start : data.split.val.stop] += 5.0
+    parts = {name: replace_targets(getattr(data, name), changed) for name in ("train", "val", "test")}
+    other.load_state_dict(Normed().state_dict())
+    whole = replace(options, batch_size=len(data.given), max_steps=1)
+    before, after = (trained_weight(city, whole) for city in (data, replace(data, **parts)))
+    assert not torch.equal(before, after)
+
+
+def replace_targets(windows: Windows, targets: torch.Tensor) -> Windows:
+    return Windows(windows.series, targets, windows.starts, window=windows.window, horizon=windows.horizon)
+
+
+def trained_weight(data: CityData, options: TrainingOptions) -> torch.Tensor:
+    model = lstm()
+    train(model, data, options)
+    return model.head.weight.detach()
+
+
+def test_given_windows_are_all_that_fit_into_the_given_steps(data: CityData) -> None:
+    given = data.split.given
+    assert data.given.starts.tolist() == list(range(given.start, given.stop - 24 + 1))
+    assert set(data.train.starts.tolist()) | set(data.val.starts.tolist()) < set(data.given.starts.tolist())
+
+
+def test_train_without_validation_that_diverges_raises_and_leaves_no_nan(data: CityData) -> None:
+    options = replace(QUIET, patience=None, max_steps=60, learning_rate=1e37, max_grad_norm=0.0)
+    error = raised(lambda: train(Normed(), data, options))
+    assert error == {
+        "where": "the training has diverged",
+        "expected": "finite numbers in everything that was trained",
+        "got": "NaN or infinity in 'free.weight' with learning_rate=1e+37",
+        "fix": "give a smaller learning rate, or look for readings that are out of scale",
+    }
+
+
+def test_train_without_validation_resumed_equals_uninterrupted(data: CityData, tmp_path: Path) -> None:
+    options = replace(QUIET, patience=None, max_steps=2 * -(-len(data.given) // 32))
+    whole, first, second = lora(), lora(), lora()
+    train(whole, data, options)
+    train(first, data, replace(options, max_steps=options.max_steps // 2), output_dir=tmp_path)
+    train(second, data, options, output_dir=tmp_path)
+    assert same(second, whole)
+    assert not same(first, whole)
+
+
+def test_seconds_to_best_are_those_until_the_best_epoch(data: CityData) -> None:
+    result = train(lstm(), data, replace(QUIET, max_epochs=3))
+    assert 0 < result.seconds_to_best < result.seconds
+
+
 def test_train_of_an_adapter_changes_the_adapter_only(data: CityData) -> None:
     model, start = lora(), lora()
     train(model, data, QUIET)
@@ -265,7 +333,8 @@ def test_train_without_a_validation_truth_raises() -> None:
         ("learning_rate", 0.0, "learning_rate > 0"),
         ("weight_decay", -0.1, "weight_decay >= 0"),
         ("max_epochs", 0, "max_epochs >= 1"),
-        ("patience", 0, "patience >= 1"),
+        ("patience", 0, "patience >= 1, or None"),
+        ("max_steps", 0, "max_steps >= 1, or None"),
         ("batch_size", 0, "batch_size >= 1"),
         ("eval_batch_size", 0, "eval_batch_size >= 1"),
         ("max_grad_norm", -1.0, "max_grad_norm >= 0"),

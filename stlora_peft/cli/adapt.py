@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -31,6 +31,17 @@ Days = Annotated[
         metavar="DAYS",
         help="Days from the start of the record that may be used; their last quarter validates.",
         show_default="all before the last 20 % of the record",
+    ),
+]
+
+
+RefitSteps = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=0,
+        help="Steps of the last training, on all given days; 0 keeps the model that validated best.",
+        rich_help_panel="Training",
     ),
 ]
 
@@ -82,13 +93,16 @@ def adapt(
     training: Training,
     output: Output,
     days: Days = None,
-    learning_rate: LearningRate = 1e-3,
+    learning_rate: LearningRate = 3e-3,
+    refit_steps: RefitSteps = 600,
     seed: Seed = 0,
     force: Force = False,
 ) -> None:
     """Adapt a backbone to another city with a few days of its data.
 
-    The backbone stays as it is. What is trained is the city's adapter, a small folder of its own.
+    The backbone stays as it is. What is trained is the city's adapter, a small folder of its own. A first training
+    holds the last quarter of the given days back and says what the adapter is worth there; the adapter that is written
+    is then trained on all of them.
     """
     screen = output.screen()
     with screen.working("reading the city and the backbone"):
@@ -107,7 +121,12 @@ def adapt(
         f"{len(data.train):,} windows from the first {len(data.split.given) / city.steps_per_day:g} day(s)"
     )
     checkpoints = Resumable(out, force)
-    result = checkpoints.train(screen, "adapt", model, data, options)
+    result = checkpoints.train(screen, "validate", model, data, options, "validate")
+    refit = None
+    if refit_steps:
+        model = adapter.build(saved.backbone, data, seed)
+        whole = replace(options, patience=None, max_steps=refit_steps)
+        refit = checkpoints.train(screen, "adapt", model, data, whole, "refit")
     save_adapter(out, model)
     checkpoints.delete()
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -118,6 +137,7 @@ def adapt(
     screen.facts(
         validation_MAE=f"{number(before)} before, {number(result.best_val_mae)} after; {unit(city)}",
         training=training_line(result),
+        **({"all_given_days": training_line(refit)} if refit else {}),
         trained=f"{trained:,} parameters, {trained / backbone_size:.1%} of the backbone's {backbone_size:,}",
         adapter=f"{out} ({size / KIB:,.0f} KiB)",
     )
@@ -134,5 +154,6 @@ def adapt(
             "adapter_bytes": size,
             "val_mae_before": before,
             "training": training_summary(result),
+            "refit": training_summary(refit) if refit else None,
         }
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stlora_peft.cli.adapt import Days
+from stlora_peft.cli.adapt import Days, RefitSteps
 from stlora_peft.cli.files import read_list
 from stlora_peft.cli.options import Base, Output, Reading, Training
 from stlora_peft.cli.screen import Screen
@@ -37,13 +37,16 @@ def compare(
         str,
         typer.Option(
             metavar="LIST",
-            help="zero-shot, persistence, ha, var, svr, scratch, head, norm, full, ia3, lora, st-lora, full+st-lora.",
+            help="Untrained: zero-shot, persistence, ha, var, svr. Rivals: scratch, head, norm, full, ia3, dora, "
+            "lora, node-embedding, node-prompt, full+node-embedding. Ours: st-lora, full+st-lora, st-lora-FORM, "
+            "st-lora-FORM-layers (no predictor), st-lora-predictor.",
         ),
     ] = "zero-shot,persistence,head,full,lora,st-lora",
     seeds: Annotated[str, typer.Option(metavar="LIST", help="Each is a training of its own.")] = "0,1,2",
     learning_rates: Annotated[
         str, typer.Option(metavar="LIST", help="Each method takes the one that validates best.")
     ] = "0.001,0.003",
+    refit_steps: RefitSteps = 600,
     force: Annotated[bool, typer.Option("--force", help="Measure again what lies in the folder.")] = False,
 ) -> None:
     """Compare ways to bring a backbone to another city.
@@ -69,12 +72,12 @@ def compare(
             "learning_rates": read_list("--learning-rates", learning_rates, float),
         }
         options = training.options()
-    rows = comparison.compare(saved, city, days=days, **plan, options=options, output_dir=out)
+    rows = comparison.compare(saved, city, days=days, **plan, options=options, refit_steps=refit_steps, output_dir=out)
     settings = {
         "city": describe(city),
         "backbone": f"{saved.backbone.name} of {saved.city}, fingerprint {saved.fingerprint[:16]}",
         "learning rates": ", ".join(f"{rate:g}" for rate in plan["learning_rates"]),
-        "budget": options.budget,
+        "budget": options.budget + (f"; then {refit_steps} steps on all given days" if refit_steps else ""),
     }
     files = {"results": str(results), **write_reports(screen, out, read_json(results), city, saved, settings)}
     screen.say(comparison_table(rows, f"{saved.city} to {city.name}", city, screen.width))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,7 +36,13 @@ class Resumable:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def train(
-        self, screen: Screen, title: str, model: nn.Module, data: CityData, options: TrainingOptions
+        self,
+        screen: Screen,
+        title: str,
+        model: nn.Module,
+        data: CityData,
+        options: TrainingOptions,
+        part: str = "",
     ) -> TrainingResult:
         """Train a model under a progress bar.
 
@@ -45,6 +52,7 @@ class Resumable:
             model: What to train, in place.
             data: The city to train it on.
             options: How to train.
+            part: Name of this training, where the result takes several.
 
         Returns:
             What came out.
@@ -55,17 +63,22 @@ class Resumable:
         from stlora_peft.callbacks import ProgressBar
         from stlora_peft.training import train
 
-        if self.folder.exists():
-            screen.note(f"Going on from '{self.folder}'; --force starts again.")
+        folder = self.folder / part
+        if folder.exists():
+            screen.note(f"Going on from '{folder}'; --force starts again.")
         with ProgressBar(title) as bar:
-            return train(model, data, replace(options, progress=False), output_dir=self.folder, callbacks=[bar])
+            return train(model, data, replace(options, progress=False), output_dir=folder, callbacks=[bar])
 
 
 def training_line(result: TrainingResult) -> str:
     """Say in a line how a training went."""
+    if not math.isfinite(result.best_val_mae):
+        return f"{result.epochs} epochs, {result.seconds:.0f} s"
     return f"best epoch {result.best_epoch} of {result.epochs}, {result.seconds:.0f} s"
 
 
 def training_summary(result: TrainingResult) -> dict[str, Any]:
     """Put the numbers of a training under their names, for JSON."""
-    return {**asdict(result), "seconds": round(result.seconds, 3), "history": list(result.history)}
+    best = result.best_val_mae if math.isfinite(result.best_val_mae) else None
+    rounded = {"seconds": round(result.seconds, 3), "seconds_to_best": round(result.seconds_to_best, 3)}
+    return {**asdict(result), **rounded, "best_val_mae": best, "history": list(result.history)}

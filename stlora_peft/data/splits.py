@@ -157,6 +157,13 @@ class CityData:
     edge_weight: torch.Tensor
     time_features: TimeFeatures
 
+    @property
+    def given(self) -> Windows:
+        """All windows of the given steps, the validation part among them: what the last training of a model uses."""
+        window, horizon = self.train.window, self.train.horizon
+        starts = _starts(self.city.name, "given", self.split.given, self.split.given.start, window, horizon)
+        return Windows(self.train.series, self.train.targets, starts, window=window, horizon=horizon)
+
 
 def input_series(city: City, scaler: Scaler, window: int, time_features: TimeFeatures) -> torch.Tensor:
     """Make what a model reads of a city: the scaled readings, and then the encodings of :func:`time_encoding`.
