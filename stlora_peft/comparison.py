@@ -41,10 +41,10 @@ def compare(
     """Adapt a backbone to a city by several methods and measure each on the city's test part.
 
     Every method starts from the same pretrained weights and has the same optimiser, batches, budget and early
-    stopping. Each is trained once with every learning rate of one grid, the last quarter of the given days
-    validating. With the rate of the lowest validation error it is then trained anew on all given days, for
-    ``refit_steps`` steps: what validates is the most recent quarter, and of a single day all that the evening has to
-    teach. The test part is looked at once, by that model.
+    stopping. With the first seed each is trained once with every learning rate of one grid, the last quarter of the
+    given days validating. With the rate of the lowest validation error it is then trained anew with each seed, on all
+    given days and for ``refit_steps`` steps: what validates is the most recent quarter, and of a single day all that
+    the evening has to teach. The test part is looked at once, by that model.
 
     Args:
         saved: The pretrained backbone.
@@ -52,7 +52,7 @@ def compare(
         days: Days of the city that are given, the last quarter of them for validation; None gives all before the
             test part.
         methods: Names of :data:`stlora_peft.methods.METHODS`.
-        seeds: Seeds; each starts adapters, the order of the windows and dropout.
+        seeds: Seeds; each starts adapters, the order of the windows and dropout. The first one chooses the rate.
         learning_rates: The grid.
         options: How to train; its ``learning_rate`` and ``seed`` are not used.
         refit_steps: Steps of the last training, on all given days. It is the only one where the grid has one rate. 0
@@ -93,7 +93,9 @@ def compare(
     with JobBars("compare", total=len(jobs), show=options.progress) as bars:
         for name, _, seed in jobs:
             if (name, days, seed) not in known:
-                run = Run(saved.backbone, data, replace(options, seed=seed), learning_rates, refit_steps, bars)
+                first = known.get((name, days, seeds[0]), {}).get("learning_rate")
+                rates = learning_rates if first is None else [first]
+                run = Run(saved.backbone, data, replace(options, seed=seed), rates, refit_steps, bars)
                 found = run.measure(chosen[name], f"{name}, seed {seed}")
                 shared = {"settings": settings, "recipe": recipes[name][0]}
                 known[name, days, seed] = {"method": name, "days": days, "seed": seed, **found, **shared}

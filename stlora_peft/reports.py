@@ -12,11 +12,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from stlora_peft.differences import difference_text, differences
 from stlora_peft.files import atomic_write
+from stlora_peft.significance import Difference
 
 Row = Mapping[str, Any]
 PACKAGES = ("stlora-peft", "peft", "torch", "transformers", "torch-geometric", "torch-geometric-temporal", "numpy")
 KIB = 1024
+COLUMNS = (
+    "st-lora to it: its MAE relative to the row's, with a 95 % interval from a bootstrap over days and seeds; with "
+    "fewer than five seeds the interval is too narrow. s to best: wall time of the search, with the first seed, to "
+    "its best validation. peak MiB: what the training took at most beyond what was in use before."
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,8 @@ class Summary:
         total_parameters: Parameters of the whole model.
         adapter_bytes: What the city needs on disk beside the backbone.
         seconds: Training time of the run that counts.
+        seconds_to_best: Wall time to the best validation, where something validated.
+        peak_memory: Bytes that the training took at most, where the system says.
     """
 
     method: str
@@ -88,6 +97,8 @@ class Summary:
     total_parameters: int
     adapter_bytes: int
     seconds: float
+    seconds_to_best: float | None = None
+    peak_memory: int | None = None
 
     @property
     def mae(self) -> Spread:
@@ -127,6 +138,8 @@ def _summary(rows: list[Row]) -> Summary:
         seeds=tuple(row["seed"] for row in rows),
         errors=errors,
         seconds=statistics.fmean(row["seconds"] for row in rows),
+        seconds_to_best=next((row["seconds_to_best"] for row in rows if row.get("seconds_to_best") is not None), None),
+        peak_memory=max((row["peak_memory"] for row in rows if row.get("peak_memory") is not None), default=None),
     )
 
 
@@ -154,11 +167,12 @@ def write_markdown(
     summaries = summarise(rows)
     unit = quantity or "the readings' own units"
     lines = [f"# {title}", "", f"Errors on the test part, the last 20 % of the record; MAE and RMSE: {unit}."]
-    lines += ["Mean ± sample standard deviation over seeds. The lowest MAE is bold.", ""]
+    lines += ["Mean ± sample standard deviation over seeds. The lowest MAE is bold.", COLUMNS, ""]
     for days in dict.fromkeys(summary.days for summary in summaries):
         chosen = [summary for summary in summaries if summary.days == days]
         heading = days_name(days)
-        lines += [f"## {heading[0].upper()}{heading[1:]}", "", *markdown_table(chosen, interval_minutes), ""]
+        table = markdown_table(chosen, interval_minutes, differences(rows))
+        lines += [f"## {heading[0].upper()}{heading[1:]}", "", *table, ""]
     if figure is not None:
         lines += [f"![MAE of the methods, and MAE against trained parameters]({figure})", ""]
     lines += ["## Methods", "", *(f"- `{name}`: {how}" for name, how in _implementations(summaries).items()), ""]
@@ -168,19 +182,25 @@ def write_markdown(
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def markdown_table(summaries: Sequence[Summary], interval_minutes: int) -> list[str]:
+def markdown_table(
+    summaries: Sequence[Summary],
+    interval_minutes: int,
+    ahead: Mapping[tuple[float | None, str], Difference] | None = None,
+) -> list[str]:
     """Lines of a Markdown table with one row for each method.
 
     Args:
         summaries: The methods.
         interval_minutes: Minutes of a step.
+        ahead: What :func:`stlora_peft.differences.differences` found.
 
     Returns:
         The lines.
     """
+    ahead = ahead or {}
     steps = [horizon for horizon in summaries[0].errors if horizon != "average"]
     heads = ["method", "MAE", *(f"MAE {horizon_name(step, interval_minutes)}" for step in steps), "RMSE", "MAPE %"]
-    heads += ["trained parameters", "file KiB", "training s", "seeds"]
+    heads += ["st-lora to it", "trained parameters", "file KiB", "s to best", "training s", "peak MiB", "seeds"]
     means = [summary.mae.mean for summary in summaries if summary.mae.mean is not None]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     for summary in summaries:
@@ -188,10 +208,17 @@ def markdown_table(summaries: Sequence[Summary], interval_minutes: int) -> list[
         bold = "**" if means and summary.mae.mean == min(means) else ""
         cells = [f"`{summary.method}`", f"{bold}{summary.mae.text()}{bold}"]
         cells += [summary.errors[step]["mae"].text() for step in steps]
-        cells += [average["rmse"].text(), average["mape"].text(1), f"{summary.trainable_parameters:,}"]
-        cells += [f"{summary.adapter_bytes / KIB:.0f}", f"{summary.seconds:.0f}", _seeds(summary)]
+        cells += [average["rmse"].text(), average["mape"].text(1)]
+        cells += [difference_text(ahead.get((summary.days, summary.method))), f"{summary.trainable_parameters:,}"]
+        cells += [f"{summary.adapter_bytes / KIB:.0f}", _rounded(summary.seconds_to_best), f"{summary.seconds:.0f}"]
+        cells += [_rounded(summary.peak_memory, KIB * KIB), _seeds(summary)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _rounded(value: float | None, unit: float = 1.0) -> str:
+    """A number in whole units, or a dash."""
+    return "-" if value is None else f"{value / unit:.0f}"
 
 
 def _seeds(summary: Summary) -> str:

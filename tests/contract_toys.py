@@ -121,6 +121,7 @@ def config(name: str, conditioning: str = "gate", **options: Any) -> STLoraConfi
         "num_nodes": NODES,
         "r": 2,
         "lora_alpha": 3,
+        "lora_dropout": 0.0,
         "emb_size": 4,
         "target_modules": ["enc"],
         "predictor": None,

@@ -37,7 +37,8 @@ class Normalised(nn.Module):
 
 
 def city_model(num_nodes: int = 7, **options: object) -> PeftModel:
-    options = {"target_modules": ["lin"], "predictor": None, "node_bound": ["norm"]} | options
+    defaults = {"conditioning": "gate", "lora_dropout": 0.0, "predictor": None}
+    options = {"target_modules": ["lin"], "node_bound": ["norm"]} | defaults | options
     return get_peft_model(Normalised(5), STLoraConfig(num_nodes=num_nodes, **options))
 
 

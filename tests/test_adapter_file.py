@@ -27,7 +27,8 @@ def backbone() -> nn.Module:
 
 @pytest.fixture
 def folder(backbone: nn.Module, tmp_path: Path) -> Path:
-    config = STLoraConfig(num_nodes=7, r=2, node_ids=[f"s{i}" for i in range(7)], predictor=PredictorConfig(width=8))
+    known = {"num_nodes": 7, "node_ids": [f"s{i}" for i in range(7)]}
+    config = STLoraConfig(conditioning="gate", r=2, predictor=PredictorConfig(width=8), **known)
     model = get_peft_model(pristine(backbone), config)
     randomised(model).save_pretrained(tmp_path / "city")
     return tmp_path / "city"
@@ -52,7 +53,9 @@ def refused(backbone: nn.Module, folder: Path) -> dict[str, str]:
     lines = raised(lambda: PeftModel.from_pretrained(model, folder))
     assert_unchanged(model, before)
 
-    peft_model = randomised(get_peft_model(pristine(backbone), STLoraConfig(num_nodes=5, r=2))).eval()
+    peft_model = randomised(
+        get_peft_model(pristine(backbone), STLoraConfig(num_nodes=5, conditioning="gate", r=2))
+    ).eval()
     classes, tensors, trainable = snapshot(peft_model)
     forecast = call(peft_model, 5)
     assert raised(lambda: peft_model.load_adapter(folder, "broken")) == lines | {

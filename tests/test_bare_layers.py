@@ -70,7 +70,7 @@ def run(model: nn.Module) -> Tensor:
 
 def config(targets: list[str], **options: object) -> STLoraConfig:
     defaults = {"num_nodes": N, "target_modules": targets, "predictor": None, "init_weights": False, "r": R}
-    return STLoraConfig(**(defaults | options))
+    return STLoraConfig(**({"conditioning": "gate", "lora_dropout": 0.0} | defaults | options))
 
 
 @pytest.fixture

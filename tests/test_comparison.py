@@ -147,6 +147,16 @@ def test_compare_tests_a_model_that_was_trained_anew_on_all_given_days_with_the_
     assert evaluate(model, data.test, data).mae == row["mae"] != chosen["mae"]
 
 
+def test_compare_searches_with_the_first_seed_and_takes_its_rate_with_the_others(saved: SavedBackbone) -> None:
+    plan = {"days": 8, "methods": ["head"], "options": OPTIONS, "learning_rates": (1e-4, 1e-2), **STEPS}
+    first, second = compare(saved, CITY, **plan, seeds=[3, 1])
+    assert second["learning_rate"] == first["learning_rate"]
+    assert first["best_val_mae"] is not None
+    assert second["best_val_mae"] is None
+    alone = compare(saved, CITY, **{**plan, "learning_rates": [first["learning_rate"]]}, seeds=[1])[0]
+    assert second["mae"] == alone["mae"]
+
+
 def test_compare_with_one_rate_trains_once_and_validates_nothing(saved: SavedBackbone) -> None:
     plan = {"days": 8, "methods": ["head"], "seeds": [0], "options": OPTIONS, "learning_rates": [1e-2]}
     (row,) = compare(saved, CITY, **plan, **STEPS)

@@ -63,6 +63,7 @@ def union(batch: int) -> dict[tuple[str, str, str], Tensor]:
 
 def adapted(*kinds: tuple[str, str, str], num_nodes: int = N, name: str = "default", **options: object) -> PeftModel:
     settings = {"num_nodes": num_nodes, "r": R, "lora_alpha": ALPHA, "emb_size": 3, "predictor": None}
+    settings |= {"conditioning": "gate", "lora_dropout": 0.0}
     targets = [NAMES[kind] for kind in kinds]
     config = STLoraConfig(target_modules=targets, init_weights=False, **(settings | options))
     return randomised(get_peft_model(Net().double(), config, adapter_name=name).double())
@@ -103,6 +104,7 @@ def test_each_type_of_node_has_an_adapter_of_its_own_size_and_both_are_active() 
         "target_modules": [NAMES[TELLS]],
         "r": R,
         "lora_alpha": ALPHA,
+        "lora_dropout": 0.0,
         "predictor": None,
     }
     model.add_adapter("stations", STLoraConfig(conditioning="core", **stations))

@@ -64,7 +64,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def adapted(own: ModuleType) -> PeftModel:
     options = {"num_nodes": N, "target_modules": ["conv"], "r": 2, "lora_alpha": 5, "init_weights": False}
-    return get_peft_model(own.Net(), STLoraConfig(predictor=None, **options)).double()
+    config = STLoraConfig(predictor=None, conditioning="gate", lora_dropout=0.0, **options)
+    return get_peft_model(own.Net(), config).double()
 
 
 def test_registered_layer_gets_the_update_beside_it(own: ModuleType) -> None:

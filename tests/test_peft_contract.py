@@ -533,9 +533,8 @@ def test_shared_module_is_adapted_under_both_parents(tmp_path: Path) -> None:
     torch.manual_seed(0)
     backbone = Twice()
     pristine = copy.deepcopy(backbone)
-    model = get_peft_model(
-        backbone, STLoraConfig(num_nodes=NODES, target_modules=["lin"], init_weights=False, predictor=None)
-    )
+    options = {"num_nodes": NODES, "target_modules": ["lin"], "conditioning": "gate", "predictor": None}
+    model = get_peft_model(backbone, STLoraConfig(lora_dropout=0.0, init_weights=False, **options))
     assert isinstance(model.base_model.model.left["lin"], STLoraLinear)
     assert model.base_model.model.right["lin"] is model.base_model.model.left["lin"]
     model.save_pretrained(tmp_path)
@@ -555,7 +554,8 @@ def test_sequential_backbone_works_and_refuses_what_it_would_call_as_a_layer() -
     assert lines["where"] == "a Sequential cannot hold node vectors or a predictor"
     assert_unchanged(backbone, before)
     base = forecast(backbone)
-    model = get_peft_model(backbone, STLoraConfig(num_nodes=NODES, target_modules=["0", "2"], predictor=None))
+    options = {"num_nodes": NODES, "target_modules": ["0", "2"], "conditioning": "gate", "predictor": None}
+    model = get_peft_model(backbone, STLoraConfig(**options))
     assert torch.equal(forecast(model), base)
     assert isinstance(model.base_model.model[0], STLoraLinear)
 

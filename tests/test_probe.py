@@ -190,7 +190,7 @@ class Branches(nn.Module):
 
 def config(*targets: str, **options: object) -> STLoraConfig:
     defaults = {"num_nodes": N, "target_modules": list(targets), "predictor": None, "init_weights": False}
-    return STLoraConfig(**(defaults | options))
+    return STLoraConfig(**({"conditioning": "gate", "lora_dropout": 0.0} | defaults | options))
 
 
 def reports(model: nn.Module, steps: int = T) -> list[dict[str, str]]:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from stlora_peft.reports import Spread, environment, markdown_table, source_commit, summarise, write_markdown
+from stlora_peft.significance import Difference
 
 
 def row(method: str, mae: float | None, seed: int = 0, days: float | None = 3, trained: int = 100) -> dict[str, Any]:
@@ -62,12 +63,22 @@ def test_summarise_keeps_days_apart() -> None:
 
 
 def test_markdown_table_has_units_spread_and_the_lowest_mae_in_bold() -> None:
-    assert markdown_table(summarise(ROWS), interval_minutes=5) == [
-        "| method | MAE | MAE 15 min | RMSE | MAPE % | trained parameters | file KiB | training s | seeds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-        "| `zero-shot` | 3.000 | 3.000 | 2.000 | 10.0 | 0 | 2 | 4 | - |",
-        "| `head` | **1.500 ± 0.707** | 1.500 ± 0.707 | 2.000 ± 0.000 | 10.0 ± 0.0 | 100 | 2 | 4 | 0, 1 |",
+    ahead = {(3, "zero-shot"): Difference(-0.5, -0.6, -0.4, 0.01), (3, "head"): Difference(0.1)}
+    assert markdown_table(summarise(ROWS), 5, ahead) == [
+        "| method | MAE | MAE 15 min | RMSE | MAPE % | st-lora to it | trained parameters | file KiB | s to best "
+        "| training s | peak MiB | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| `zero-shot` | 3.000 | 3.000 | 2.000 | 10.0 | -50.0 % (-60.0 to -40.0) | 0 | 2 | - | 4 | - | - |",
+        "| `head` | **1.500 ± 0.707** | 1.500 ± 0.707 | 2.000 ± 0.000 | 10.0 ± 0.0 | +10.0 % | 100 | 2 | - | 4 | - "
+        "| 0, 1 |",
     ]
+
+
+def test_markdown_table_shows_the_time_of_the_search_and_the_largest_memory() -> None:
+    rows = [row("head", 1.0) | {"seconds_to_best": 12.4, "peak_memory": 3 << 20}]
+    rows += [row("head", 1.0, 1) | {"seconds_to_best": None, "peak_memory": 5 << 20}]
+    cells = markdown_table(summarise(rows), 5)[2].split(" | ")
+    assert cells[-4:] == ["12", "4", "5", "0, 1 |"]
 
 
 def test_markdown_table_without_any_finite_mae_has_nothing_in_bold() -> None:

@@ -50,7 +50,8 @@ class Holder(nn.Module):
 
 def adapted(layer: nn.Module, num_nodes: int | None, **options: Any) -> PeftModel:
     """A one-layer backbone in float64 with an adapter without predictor, every factor random."""
-    options = {"r": 2, "lora_alpha": 5, "emb_size": 3, "predictor": None, "target_modules": ["layer"]} | options
+    defaults = {"conditioning": "gate", "r": 2, "lora_alpha": 5, "lora_dropout": 0.0, "emb_size": 3, "predictor": None}
+    options = {"target_modules": ["layer"]} | defaults | options
     model = get_peft_model(Holder(layer.double()).eval(), STLoraConfig(num_nodes=num_nodes, **options))
     return randomised(model.eval())
 

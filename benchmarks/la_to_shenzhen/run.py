@@ -18,7 +18,10 @@ sys.path.insert(0, str(FOLDER.parent))
 
 from on_cities import CITIES, ROOT, keep, read_options, stlora  # noqa: E402 - found by the line above
 
-METHODS = "zero-shot,persistence,ha,var,svr,head,full,lora,st-lora"
+METHODS = (
+    "zero-shot,persistence,ha,var,svr,st-lora,full,lora,full+node-embedding,head,norm,ia3,node-embedding,node-prompt"
+)
+SEARCH = ["--epochs", "20", "--patience", "5"]  # for each rate; the last training has 600 steps
 
 
 def main() -> None:
@@ -28,7 +31,8 @@ def main() -> None:
     base, out = options.runs / "la", options.runs / "compare"
     if not (base / "backbone.json").exists():
         stlora("pretrain", source, "--backbone", "stgcn", "--out", base)
-    stlora("compare", target, "--base", base, "--days", "3", "--methods", METHODS, "--seeds", "0,1,2", "--out", out)
+    plan = ["--days", "3", "--methods", METHODS, "--seeds", "0,1,2", *SEARCH]
+    stlora("compare", target, "--base", base, *plan, "--out", out)
     keep(out, FOLDER, ".json", ".md", ".png")
     subprocess.run([sys.executable, ROOT / "benchmarks" / "write_readme.py"], check=True)
 

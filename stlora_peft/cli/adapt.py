@@ -57,8 +57,17 @@ class Adapter:
             help="How a node takes part in the update: gate, core, full, embedding, bias, shared.",
             rich_help_panel=_ADAPTER,
         ),
-    ] = "gate"
-    rank: Annotated[int, typer.Option(metavar="N", min=1, help="Rank of the update.", rich_help_panel=_ADAPTER)] = 8
+    ] = "embedding"
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Rank of the update.",
+            rich_help_panel=_ADAPTER,
+            show_default="8; 2 on a backbone of 250,000 parameters or more",
+        ),
+    ] = None
     alpha: Annotated[
         float | None,
         typer.Option(
@@ -78,8 +87,7 @@ class Adapter:
 
         from stlora_peft.methods import build_adapter
 
-        alpha = 2 * self.rank if self.alpha is None else self.alpha
-        settings: dict[str, Any] = {"conditioning": self.conditioning, "r": self.rank, "lora_alpha": alpha}
+        settings: dict[str, Any] = {"conditioning": self.conditioning, "r": self.rank, "lora_alpha": self.alpha}
         torch.manual_seed(seed)
         settings |= {} if self.predictor else {"predictor": None}
         return build_adapter(backbone, data, **settings)

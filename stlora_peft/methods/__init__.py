@@ -12,7 +12,14 @@ from stlora_peft.tuner.conditioning import CONDITIONINGS
 
 __all__ = ["METHODS", "Build", "Candidate", "Method", "build_adapter", "find_methods", "forward_batches"]
 
-NODE_VECTORS = {"conditioning": "bias", "r": 32, "lora_alpha": 32, "predictor": None, "freeze_backbone": False}
+NODE_VECTORS = {
+    "conditioning": "bias",
+    "r": 32,
+    "lora_alpha": 32,
+    "lora_dropout": 0.0,
+    "predictor": None,
+    "freeze_backbone": False,
+}
 
 METHODS: dict[str, Method] = {
     "zero-shot": Method("the backbone as it is, with the new city's scaler", trained.zero_shot, trained=False),
@@ -30,20 +37,22 @@ METHODS: dict[str, Method] = {
     "node-embedding": Method("train a free vector for each node, added to the input", trained.node_embedding),
     "node-prompt": Method("train a low-rank prompt for each node, added to the input's values", trained.node_prompt),
     "full+node-embedding": Method(
-        "train every parameter, and a vector for each node behind every target layer", trained.adapter(**NODE_VECTORS)
+        "train every parameter, and a vector for each node behind every target layer",
+        trained.adapter(**NODE_VECTORS),
     ),
     "st-lora": Method("train node-conditioned low-rank updates and the node-specific predictor", trained.adapter()),
     "full+st-lora": Method(
         "the same, and train the backbone too: what freezing costs", trained.adapter(freeze_backbone=False)
     ),
 }
+"""Methods by name. Every trained method re-estimates and trains the modules that are bound to the number of nodes."""
+
 for form in (form for form in CONDITIONINGS if form != "shared"):
     METHODS[f"st-lora-{form}"] = Method(f"st-lora in the form '{form}'", trained.adapter(conditioning=form))
     METHODS[f"st-lora-{form}-layers"] = Method(
         "the same without the predictor", trained.adapter(conditioning=form, predictor=None)
     )
 METHODS["st-lora-predictor"] = Method("the node-specific predictor alone", trained.adapter(target_modules=[]))
-"""Methods by name. Every trained method re-estimates and trains the modules that are bound to the number of nodes."""
 
 
 def find_methods(names: Iterable[str]) -> dict[str, Method]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from stlora_peft.errors import message
-from stlora_peft.tuner.config import STLoraConfig
 from stlora_peft.tuner.spec import BackboneSpec
+
+LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16}
+"""Rank and scale of PEFT's methods: its default rank, and twice it."""
 
 
 def peft_targets(backbone: nn.Module, spec: BackboneSpec) -> list[str]:
@@ -65,7 +68,7 @@ def dora_model(backbone: nn.Module, spec: BackboneSpec) -> PeftModel:
     .. math:: W' = m \odot \frac{W + \tfrac{\alpha}{r} B A}{\lVert W + \tfrac{\alpha}{r} B A \rVert}
 
     with the norm of each row. ``B`` starts at zero and ``m`` at the norms of ``W``, so the forecast starts as that of
-    the backbone, up to rounding. Rank and :math:`\alpha` are the defaults of :class:`stlora_peft.STLoraConfig`.
+    the backbone, up to rounding. Rank and :math:`\alpha` are those of ``LORA``.
 
     Args:
         backbone: Backbone that fits the city; it is frozen and changed in place. Its layers are those of
@@ -87,11 +90,9 @@ def dora_model(backbone: nn.Module, spec: BackboneSpec) -> PeftModel:
     References:
         Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, ICML 2024, arXiv:2402.09353.
     """
-    default = STLoraConfig()
     config = LoraConfig(
         use_dora=True,
-        r=default.r,
-        lora_alpha=int(default.lora_alpha),
+        **LORA,
         # A list would also match layers whose names end with one of these.
         target_modules="|".join(re.escape(name) for name in _dora_targets(backbone, spec)),
         modules_to_save=list(spec.node_bound) or None,

@@ -14,8 +14,7 @@ from stlora_peft.errors import message
 from stlora_peft.methods import node_inputs as at_input
 from stlora_peft.methods.candidates import Build, Candidate, backbone_spec, build_adapter, rebuilt
 from stlora_peft.methods.node_inputs import NodeInputs
-from stlora_peft.methods.peft_layers import dora_model, low_rank_refusal, peft_targets
-from stlora_peft.tuner.config import STLoraConfig
+from stlora_peft.methods.peft_layers import LORA, dora_model, low_rank_refusal, peft_targets
 from stlora_peft.tuner.node_bound import rebuild
 
 NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -106,11 +105,10 @@ def dora(backbone: nn.Module, data: CityData) -> Candidate:
 
 def lora(backbone: nn.Module, data: CityData) -> Candidate:
     """Train PEFT's LoRA, or the same update by this package where PEFT cannot follow a target."""
-    spec, default = backbone_spec(backbone), STLoraConfig()
+    spec = backbone_spec(backbone)
     model = rebuilt(backbone, data)
     config = LoraConfig(
-        r=default.r,
-        lora_alpha=int(default.lora_alpha),
+        **LORA,
         target_modules=list(spec.target_modules),
         modules_to_save=list(spec.node_bound) or None,
     )
@@ -119,7 +117,7 @@ def lora(backbone: nn.Module, data: CityData) -> Candidate:
             return Candidate(get_peft_model(model, config), "peft.LoraConfig")
     except ValueError:  # PEFT refuses a target: graph convolutions and recurrent layers are not its own
         pass
-    model = build_adapter(backbone, data, conditioning="shared", predictor=None)
+    model = build_adapter(backbone, data, conditioning="shared", predictor=None, lora_dropout=0.0, **LORA)
     return Candidate(model, 'STLoraConfig(conditioning="shared", predictor=None)')
 
 

@@ -15,7 +15,10 @@ from stlora_peft.errors import message
 from stlora_peft.tuner.adapter_file import check_adapter_file, describe_tensors, drop_other_adapters
 from stlora_peft.tuner.conditioning import CONDITIONINGS
 from stlora_peft.tuner.layout import parse_layout
+from stlora_peft.tuner.ranges import check_at_least_one, check_finite, check_probability
 from stlora_peft.tuner.registration import stlora_type
+
+RANK, LARGE_RANK, LARGE = 8, 2, 250_000
 
 
 @dataclass
@@ -54,11 +57,11 @@ class PredictorConfig:
     def __post_init__(self) -> None:
         """Check every range."""
         for name in ("width", "num_layers"):
-            _check_at_least_one(f"PredictorConfig.{name}", getattr(self, name))
+            check_at_least_one(f"PredictorConfig.{name}", getattr(self, name))
         for name in ("r", "window", "horizon", "in_channels", "out_channels"):
-            _check_at_least_one(f"PredictorConfig.{name}", getattr(self, name), optional=True)
+            check_at_least_one(f"PredictorConfig.{name}", getattr(self, name), optional=True)
         if self.dropout is not None:
-            _check_probability("PredictorConfig.dropout", self.dropout)
+            check_probability("PredictorConfig.dropout", self.dropout)
         for name in ("input_layout", "output_layout"):
             if sorted(getattr(self, name).split()) != ["b", "c", "n", "t"]:
                 raise ValueError(
@@ -79,8 +82,9 @@ class STLoraConfig(PeftConfig):
 
     Args:
         num_nodes: Number of nodes :math:`N` of the city. Needed by every conditioning but ``"shared"``.
-        r: Rank :math:`r` of the update.
-        lora_alpha: Numerator :math:`\alpha` of the scale.
+        r: Rank :math:`r` of the update. None takes 8, and 2 on a backbone of 250,000 parameters or more, whose many or
+            wide layers would otherwise need more than a tenth of them.
+        lora_alpha: Numerator :math:`\alpha` of the scale; None takes twice the rank.
         lora_dropout: Dropout probability on the update's input, and in the predictor.
         use_rslora: Scale by :math:`\alpha / \sqrt{r}` instead of :math:`\alpha / r`.
         target_modules: Names (or a regular expression) of the layers to adapt, or ``"all-linear"``. None takes
@@ -115,17 +119,17 @@ class STLoraConfig(PeftConfig):
         ValueError: If a value or combination is not allowed.
 
     Example:
-        >>> STLoraConfig(num_nodes=207, target_modules=["lstm"]).r
-        8
+        >>> STLoraConfig(num_nodes=207, target_modules=["lstm"]).conditioning
+        'embedding'
 
     References:
         Ruan et al., ST-LoRA, ECML-PKDD 2025, arXiv:2404.07919, Eq. 2 and 3. Differs: see docs/method.md.
     """
 
     num_nodes: int | None = None
-    r: int = 8
-    lora_alpha: float = 16
-    lora_dropout: float = 0.0
+    r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.1
     use_rslora: bool = False
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
@@ -134,7 +138,7 @@ class STLoraConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
-    conditioning: str = "gate"
+    conditioning: str = "embedding"
     emb_size: int = 16
     predictor: PredictorConfig | dict[str, Any] | str | None = "auto"
     node_layout: dict[str, str] = field(default_factory=dict)
@@ -165,16 +169,16 @@ class STLoraConfig(PeftConfig):
             parse_layout(pattern)
 
     def _check_numbers(self) -> None:
-        for name in ("r", "emb_size"):
-            _check_at_least_one(f"STLoraConfig.{name}", getattr(self, name))
-        for name in ("num_nodes", "window", "horizon"):
-            _check_at_least_one(f"STLoraConfig.{name}", getattr(self, name), optional=True)
+        check_at_least_one("STLoraConfig.emb_size", self.emb_size)
+        for name in ("r", "num_nodes", "window", "horizon"):
+            check_at_least_one(f"STLoraConfig.{name}", getattr(self, name), optional=True)
         for key, rank in self.rank_pattern.items():
-            _check_at_least_one(f"STLoraConfig.rank_pattern['{key}']", rank)
-        _check_finite("STLoraConfig.lora_alpha", self.lora_alpha)
+            check_at_least_one(f"STLoraConfig.rank_pattern['{key}']", rank)
+        if self.lora_alpha is not None:
+            check_finite("STLoraConfig.lora_alpha", self.lora_alpha)
         for key, alpha in self.alpha_pattern.items():
-            _check_finite(f"STLoraConfig.alpha_pattern['{key}']", alpha)
-        _check_probability("STLoraConfig.lora_dropout", self.lora_dropout)
+            check_finite(f"STLoraConfig.alpha_pattern['{key}']", alpha)
+        check_probability("STLoraConfig.lora_dropout", self.lora_dropout)
 
     def _check_choices(self) -> None:
         if self.conditioning not in CONDITIONINGS:
@@ -183,7 +187,7 @@ class STLoraConfig(PeftConfig):
                     "STLoraConfig.conditioning is unknown",
                     expected=", ".join(repr(c) for c in CONDITIONINGS),
                     got=repr(self.conditioning),
-                    fix="choose one of them; 'gate' is the default",
+                    fix="choose one of them; 'embedding' is the default",
                 )
             )
         if not (self.predictor is None or self.predictor == "auto" or isinstance(self.predictor, PredictorConfig)):
@@ -233,8 +237,25 @@ class STLoraConfig(PeftConfig):
                 )
             )
 
-    def scaling(self, r: int, lora_alpha: float) -> float:
+    def resolve_rank(self, num_parameters: int) -> None:
+        """Fill in rank and alpha where they are None.
+
+        Args:
+            num_parameters: Number of the backbone's parameters.
+        """
+        if self.r is None:
+            self.r = RANK if num_parameters < LARGE else LARGE_RANK
+        if self.lora_alpha is None:
+            self.lora_alpha = 2 * self.r
+
+    @property
+    def rank(self) -> int:
+        """The rank, once it is known."""
+        return self.r or RANK
+
+    def scaling(self, r: int, lora_alpha: float | None) -> float:
         r"""Scale of an update of rank ``r``: :math:`\alpha / r`, or :math:`\alpha / \sqrt r` if rank-stabilised."""
+        lora_alpha = 2 * self.rank if lora_alpha is None else lora_alpha
         return lora_alpha / (math.sqrt(r) if self.use_rslora else r)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -269,25 +290,3 @@ class STLoraConfig(PeftConfig):
         if folder.is_dir() and isinstance(config, STLoraConfig) and config.tensors is not None:
             check_adapter_file(folder, config.tensors)
         return config
-
-
-def _check_at_least_one(name: str, value: Any, optional: bool = False) -> None:
-    if (optional and value is None) or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-        return
-    raise ValueError(
-        message(f"{name} is out of range", expected="a whole number of 1 or more", got=repr(value), fix="correct it")
-    )
-
-
-def _check_probability(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(
-            message(f"{name} is out of range", expected="a probability in [0, 1)", got=repr(value), fix="correct it")
-        )
-
-
-def _check_finite(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(
-            message(f"{name} is out of range", expected="a finite number", got=repr(value), fix="correct it")
-        )

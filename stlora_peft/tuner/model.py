@@ -129,7 +129,7 @@ class STLoraModel(PreparingTuner):
             adapter_name,
             config,
             r=layer_rank(config, current_key),
-            lora_alpha=config.alpha_pattern.get(alpha_key, config.lora_alpha),
+            lora_alpha=config.alpha_pattern.get(alpha_key, config.lora_alpha or 0.0),
             layout=self._layout(config, current_key, layer),
         )
         if layer is not target:

@@ -50,7 +50,7 @@ class NodePredictor(nn.Module):
         super().__init__()
         self.predictor = predictor
         self.config = config
-        self.r = predictor.r or config.r
+        self.r = predictor.r or config.rank
         self.dropout = config.lora_dropout if predictor.dropout is None else predictor.dropout
         self.scaling = config.scaling(self.r, config.lora_alpha)
         outputs = required_size(predictor, "horizon") * required_size(predictor, "out_channels")

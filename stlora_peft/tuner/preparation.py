@@ -16,7 +16,7 @@ from stlora_peft.tuner.bare_layers import STLoraGates, STLoraGCLSTM
 from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
 from stlora_peft.tuner.host_layers import STLoraLinear
 from stlora_peft.tuner.hosts import HostLayer, host_class, host_names, inner_targets, registered_hosts, remember
-from stlora_peft.tuner.identity import check_fingerprint, fingerprint
+from stlora_peft.tuner.identity import base_tensors, check_fingerprint, fingerprint
 from stlora_peft.tuner.manifest import check_tensors, expected_tensors
 from stlora_peft.tuner.node_bound import NodeBoundLayer, bound_size, find_module, spec_of
 from stlora_peft.tuner.nodes import NodeTable
@@ -59,6 +59,7 @@ class PreparingTuner(BaseTuner):
         for layer, described in config.host_layers.items():
             remember(layer, HostLayer(**described))
         self._resolve_targets(config)
+        config.resolve_rank(sum(value.numel() for _, value in base_tensors(self.model)))
         self._resolve_predictor(config)
         self._resolve_node_bound(config)
         self._check_targets(config)
@@ -207,7 +208,7 @@ def _adapter_path(key: str, base: nn.Module) -> str:
 
 def layer_rank(config: STLoraConfig, key: str) -> int:
     """Rank of the layer ``key``."""
-    return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
+    return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.rank)
 
 
 def check_supported(layer: nn.Module, key: str, parent: nn.Module) -> None:

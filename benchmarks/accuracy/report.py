@@ -1,0 +1,147 @@
+"""What the comparison found: the goals, a table for each setting, and a picture of error against parameters."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stlora_peft.comparison import RESULTS
+from stlora_peft.differences import differences
+from stlora_peft.figures import save_figure
+from stlora_peft.files import atomic_write, read_json, write_json
+from stlora_peft.pareto_figure import draw_pareto
+from stlora_peft.reports import COLUMNS, days_name, environment, markdown_table, summarise
+
+Row = dict[str, Any]
+OURS = "st-lora"
+INTERVAL = 5  # minutes: that of every city here
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is wanted against some rivals.
+
+    Args:
+        rivals: The best of them counts, in every setting.
+        most: Relative MAE of st-lora, at most.
+        days: Days for which it is wanted; every number where empty.
+    """
+
+    rivals: tuple[str, ...]
+    most: float
+    days: tuple[float | None, ...] = ()
+
+
+GOALS = (
+    Goal(("head", "norm", "ia3", "lora"), -0.05),
+    Goal(("full",), -0.03, (1.0, 3.0)),
+    Goal(("full",), 0.0, (None,)),
+    Goal(("node-embedding", "node-prompt"), -0.05),
+    Goal(("full+node-embedding",), 0.0),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one setting, backbone and number of days."""
+
+    setting: str
+    backbone: str
+    days: float | None
+    rows: list[Row]
+
+    @property
+    def title(self) -> str:
+        """Setting, backbone and days in a line."""
+        return f"{self.setting}, {self.backbone}, {days_name(self.days)}"
+
+    def mae(self, method: str) -> float | None:
+        """Mean over the seeds, None where it is missing or not finite."""
+        found = [row["mae"] for row in self.rows if row["method"] == method]
+        return statistics.fmean(found) if found and None not in found else None
+
+    def against(self, rivals: Sequence[str]) -> float | None:
+        """MAE of st-lora relative to the best of some rivals, None where one of them is missing."""
+        ours, theirs = self.mae(OURS), [self.mae(rival) for rival in rivals]
+        known = [mae for mae in theirs if mae is not None]
+        return ours / min(known) - 1 if ours is not None and len(known) == len(theirs) else None
+
+
+def parts_of(runs: Path) -> Iterator[Part]:
+    """What has been measured, in the order of the names."""
+    for file in sorted(runs.glob(f"*/*/*/{RESULTS}")):
+        rows = read_json(file)
+        if rows:
+            setting, backbone = file.parts[-4:-2]
+            yield Part(setting, backbone, rows[0]["days"], rows)
+
+
+def write_report(runs: Path, folder: Path, titles: Mapping[str, str]) -> None:
+    """Write ``results.json``, ``results.md`` and ``results.png``."""
+    parts = list(parts_of(runs))
+    if not parts:
+        sys.exit(f"nothing has been measured in '{runs}'")
+    kept = [
+        {"setting": part.setting, "backbone": part.backbone, **{k: v for k, v in row.items() if k != "daily"}}
+        for part in parts
+        for row in part.rows
+    ]
+    write_json(folder / "results.json", {"environment": environment(), "rows": kept})
+    save_figure(draw_pareto({part.title: part.rows for part in parts}, "city's units"), folder / "results.png")
+    lines = ["# Ways to bring a backbone to another city", "", *_goals(parts), *_settings(parts, titles)]
+    lines += ["![MAE against trained parameters, one panel for each setting](results.png)", ""]
+    lines += ["## Where the numbers come from", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in environment().items()]
+    with atomic_write(folder / "results.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(_goals(parts)))
+
+
+def _goals(parts: Sequence[Part]) -> list[str]:
+    """The table of goals: means over everything that has been measured of both sides."""
+    lines = ["## Goals", "", "MAE of st-lora relative to the best of the rivals in each setting, and the mean.", ""]
+    lines += ["| against the best of | days | goal | mean | settings |", "|---|---|---:|---:|---|"]
+    for goal in GOALS:
+        chosen = [part for part in parts if not goal.days or part.days in goal.days]
+        found = {part.title: part.against(goal.rivals) for part in chosen}
+        known = {title: value for title, value in found.items() if value is not None}
+        mean = f"{100 * statistics.fmean(known.values()):+.1f} %" if known else "-"
+        days = ", ".join("all" if day is None else f"{day:g}" for day in goal.days) or "every"
+        each = "; ".join(f"{title}: {100 * value:+.1f} %" for title, value in known.items()) or "not measured"
+        rivals = ", ".join(f"`{rival}`" for rival in goal.rivals)
+        lines.append(f"| {rivals} | {days} | {100 * goal.most:+.0f} % | {mean} | {each} |")
+    return [*lines, ""]
+
+
+def _settings(parts: Sequence[Part], titles: Mapping[str, str]) -> list[str]:
+    """One table for each part."""
+    lines = [
+        "Errors on the test part, the last 20 % of the record: mean ± sample standard deviation over seeds; MAE and "
+        "RMSE in mph (Los Angeles), vehicles in 5 minutes (Shenzhen) or km/h (simulated). The lowest MAE is bold.",
+        COLUMNS,
+        "",
+    ]
+    for part in parts:
+        heading = f"{titles.get(part.setting, part.setting)}; {part.backbone}; {days_name(part.days)}"
+        table = markdown_table(summarise(part.rows), INTERVAL, differences(part.rows))
+        lines += [f"## {heading}", "", *table, ""]
+    return lines
+
+
+def check_quick(runs: Path) -> None:
+    """Print the small comparison; fail unless st-lora is ahead of the others.
+
+    Raises:
+        SystemExit: With code 1 if it is not.
+    """
+    for part in parts_of(runs):
+        found = {method: part.mae(method) for method in dict.fromkeys(row["method"] for row in part.rows)}
+        print(f"{part.title}: " + ", ".join(f"{method} {mae:.4g}" for method, mae in found.items() if mae is not None))
+        behind = [m for m in found if m != OURS and (part.against([m]) is None or part.against([m]) >= 0)]
+        if behind:
+            print(f"st-lora is not ahead of {', '.join(behind)}", file=sys.stderr)
+            sys.exit(1)
