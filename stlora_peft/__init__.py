@@ -5,6 +5,7 @@ Importing this package registers the adapter type ``STLORA`` with PEFT.
 
 from importlib.metadata import PackageNotFoundError, version
 
+from stlora_peft.tuner.calibration import calibrate
 from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
 from stlora_peft.tuner.hosts import register_host_layer
 from stlora_peft.tuner.identity import check_nodes, fingerprint
@@ -25,6 +26,7 @@ __all__ = [
     "PredictorConfig",
     "STLoraConfig",
     "STLoraModel",
+    "calibrate",
     "check_nodes",
     "find_layouts",
     "fingerprint",

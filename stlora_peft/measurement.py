@@ -178,5 +178,5 @@ def _sizes(model: nn.Module, trained: bool = True) -> Row:
     return {
         "trainable_parameters": sum(count for count, trains in counts if trains) if trained else 0,
         "total_parameters": sum(count for count, _ in counts),
-        "adapter_bytes": adapter_bytes(model) if trained else 0,
+        "adapter_bytes": adapter_bytes(model) if trained or isinstance(model, PeftModel) else 0,
     }

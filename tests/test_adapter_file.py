@@ -53,9 +53,8 @@ def refused(backbone: nn.Module, folder: Path) -> dict[str, str]:
     lines = raised(lambda: PeftModel.from_pretrained(model, folder))
     assert_unchanged(model, before)
 
-    peft_model = randomised(
-        get_peft_model(pristine(backbone), STLoraConfig(num_nodes=5, conditioning="gate", r=2))
-    ).eval()
+    config = STLoraConfig(num_nodes=5, conditioning="gate", r=2)
+    peft_model = randomised(get_peft_model(pristine(backbone), config)).eval()
     classes, tensors, trainable = snapshot(peft_model)
     forecast = call(peft_model, 5)
     assert raised(lambda: peft_model.load_adapter(folder, "broken")) == lines | {
@@ -215,6 +214,14 @@ def test_wrong_shape_of_a_module_to_save_is_refused(backbone, tmp_path):
     edit_config(tmp_path, tensors=listed | {key: [4, 7]})
     lines = refused(backbone, tmp_path)
     assert (lines["expected"], lines["got"]) == (f"'{key}' of shape (4, 6)", "shape (4, 7)")
+
+
+def test_node_vectors_of_fewer_nodes_are_refused(backbone, tmp_path):
+    randomised(get_peft_model(pristine(backbone), STLoraConfig(num_nodes=7))).save_pretrained(tmp_path)
+    key = "base_model.model.stlora_nodes.nall_emb"
+    edit_tensors(tmp_path, lambda tensors: tensors.update({key: tensors[key][:6].clone()}))
+    lines = refused(backbone, tmp_path)
+    assert (lines["expected"], lines["got"]) == (f"shape (7, 16) for '{key}'", "shape (6, 16)")
 
 
 def test_saved_configuration_starts_a_new_adapter_without_its_tensors(backbone, folder):

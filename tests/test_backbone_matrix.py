@@ -104,7 +104,7 @@ def train(model: nn.Module, steps: int = 12) -> tuple[list[float], set[str]]:
 
 def test_training_reaches_every_adapter_parameter_and_no_other(case):
     backbone, conditioning = case
-    model = city_model(backbone, conditioning)
+    model = city_model(backbone, conditioning, lora_dropout=0.0)
     adapter = {name for name, _ in model.named_parameters() if "nall_" in name}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == adapter
     frozen = {name: value.clone() for name, value in model.state_dict().items() if "nall_" not in name}
@@ -120,7 +120,7 @@ def test_node_conditioning_fits_node_by_node_targets_that_plain_lora_cannot():
     backbone = small_backbone("lstm").eval()
     end = {}
     for conditioning in ("gate", "shared"):
-        model = city_model(backbone, conditioning, predictor=None)
+        model = city_model(backbone, conditioning, lora_dropout=0.0, predictor=None)
         torch.manual_seed(0)
         end[conditioning] = train(model, 60)[0][-1]
     assert end["gate"] < 0.7 * end["shared"]
@@ -128,7 +128,7 @@ def test_node_conditioning_fits_node_by_node_targets_that_plain_lora_cannot():
 
 def test_backbone_trains_too_where_asked(case):
     backbone, conditioning = case
-    model = city_model(backbone, conditioning, freeze_backbone=False)
+    model = city_model(backbone, conditioning, lora_dropout=0.0, freeze_backbone=False)
     _, reached = train(model, 3)
     bound = tuple(f"{name}.base_layer" for name in model.peft_config["default"].node_bound)
     expected = {

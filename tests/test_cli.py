@@ -299,10 +299,10 @@ def test_pretrain_goes_on_after_an_interruption(work: Path, tmp_path: Path, monk
 
 def test_adapt_says_what_was_trained_and_what_it_weighs(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
-    words = ["--conditioning", "embedding", "--rank", 2, "--no-predictor", "--days", 8, *BRIEF]
+    words = ["--conditioning", "core", "--rank", 2, "--no-predictor", "--days", 8, *BRIEF]
     found = answer("adapt", work / "away.npz", "--base", work / "base", "--out", out, *words)
     config = json.loads((out / "adapter_config.json").read_text())
-    assert (config["conditioning"], config["r"], config["lora_alpha"]) == ("embedding", 2, 4)
+    assert (config["conditioning"], config["r"], config["lora_alpha"]) == ("core", 2, 4)
     assert config["predictor"] is None
     model = load_adapter(load_backbone(work / "base").backbone, out)
     assert found["adapter_bytes"] == (out / "adapter_model.safetensors").stat().st_size
@@ -311,6 +311,29 @@ def test_adapt_says_what_was_trained_and_what_it_weighs(work: Path, tmp_path: Pa
     assert found["refit"]["history"][-1]["train_mae"] > 0
     assert found["refit"]["best_val_mae"] is None
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_adapt_without_options_takes_the_defaults_of_the_configuration(work: Path) -> None:
+    config = json.loads((work / "adapter" / "adapter_config.json").read_text())
+    found = {name: config[name] for name in ("conditioning", "r", "lora_alpha", "lora_dropout", "emb_size")}
+    assert found == {"conditioning": "embedding", "r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "emb_size": 16}
+    assert config["predictor"] is not None
+
+
+def test_adapt_without_training_writes_an_adapter_that_knows_the_history(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    words = ["adapt", work / "away.npz", "--base", work / "base", "--days", 8, "--out", out, "--no-training"]
+    from stlora_peft.comparison import adaptation_data
+
+    found = answer(*words)
+    assert found["training"] is None
+    shown = run(*words, "--force").stdout
+    assert "none: the predictor was fitted in closed form" in shown
+    saved, city = load_backbone(work / "base"), load_city(work / "away.npz")
+    data = adaptation_data(saved, city, 8)
+    model = load_adapter(saved.backbone, out, city)
+    zero = METHODS["zero-shot"].build(saved.backbone, data).model
+    assert evaluate(model, data.test, data).mae < 0.9 * evaluate(zero, data.test, data).mae
 
 
 def test_adapt_repeats_the_options_that_read_the_city_in_the_next_command(work: Path, tmp_path: Path) -> None:

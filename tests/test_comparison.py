@@ -241,7 +241,9 @@ def test_compare_into_results_of_another_recipe_of_the_method_raises(
     before = (tmp_path / "results.json").read_bytes()
 
     def smaller(backbone: torch.nn.Module, data: CityData) -> Candidate:
-        return Candidate(build_adapter(backbone, data, conditioning="shared", predictor=None, r=2), "rank 2")
+        return Candidate(
+            build_adapter(backbone, data, conditioning="shared", predictor=None, lora_dropout=0.0, r=2), "rank 2"
+        )
 
     monkeypatch.setitem(METHODS, "lora", replace(METHODS["lora"], build=smaller))
     assert run("head") == rows[:1]  # what changed does not concern it

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from toys import Holder, assert_unchanged, call, raised, small_backbone, snapshot
 
@@ -29,15 +29,20 @@ def test_number_out_of_range_raises(name, value):
     }
 
 
-@pytest.mark.parametrize("name", ["r", "emb_size"])
-def test_number_that_must_be_there_raises_for_none(name):
-    assert raised(lambda: STLoraConfig(**{name: None}))["got"] == "None"
+def test_number_that_must_be_there_raises_for_none():
+    assert raised(lambda: STLoraConfig(emb_size=None)) == {
+        "where": "STLoraConfig.emb_size is out of range",
+        "expected": WHOLE,
+        "got": "None",
+        "fix": "correct it",
+    }
 
 
 def test_rank_of_a_pattern_out_of_range_names_the_layer():
     lines = raised(lambda: STLoraConfig(rank_pattern={"head": 2, "lstm": 0}))
     assert lines["where"] == "STLoraConfig.rank_pattern['lstm'] is out of range"
     assert (lines["expected"], lines["got"]) == (WHOLE, "0")
+    assert raised(lambda: STLoraConfig(rank_pattern={"lstm": None}))["got"] == "None"
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, float("nan"), "0.1"])
@@ -60,8 +65,11 @@ def test_dropout_of_none_is_refused_for_the_adapter_and_means_the_adapters_for_t
     assert PredictorConfig().dropout is None
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "16"])
-@pytest.mark.parametrize("name", ["lora_alpha", "alpha_pattern"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in ("lora_alpha", "alpha_pattern") for value in (float("nan"), float("inf"), "16")]
+    + [("alpha_pattern", None)],  # lora_alpha=None is twice the rank
+)
 def test_alpha_that_is_no_finite_number_raises(name, value):
     given, where = (value, name) if name == "lora_alpha" else ({"lstm": value}, "alpha_pattern['lstm']")
     lines = raised(lambda: STLoraConfig(**{name: given}))
@@ -72,9 +80,9 @@ def test_alpha_that_is_no_finite_number_raises(name, value):
 def test_unknown_conditioning_lists_the_known():
     assert raised(lambda: STLoraConfig(conditioning="gates")) == {
         "where": "STLoraConfig.conditioning is unknown",
-        "expected": "'gate', 'core', 'full', 'embedding', 'shared'",
+        "expected": "'gate', 'core', 'full', 'embedding', 'bias', 'shared'",
         "got": "'gates'",
-        "fix": "choose one of them; 'gate' is the default",
+        "fix": "choose one of them; 'embedding' is the default",
     }
 
 
@@ -143,7 +151,8 @@ def test_one_name_instead_of_a_list_raises(name):
 
 def test_config_without_arguments_is_valid():
     config = STLoraConfig()
-    assert (config.r, config.lora_alpha, config.conditioning, config.num_nodes) == (8, 16, "gate", None)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (None, None, 0.1)
+    assert (config.conditioning, config.emb_size, config.num_nodes) == ("embedding", 16, None)
 
 
 def test_config_is_json_and_reads_back_as_it_was(tmp_path):
@@ -192,6 +201,151 @@ def test_config_used_for_two_backbones_fits_both():
     assert {key for key in before if before[key] != after[key]} <= {"base_model_name_or_path"}
 
 
+# -- rank and alpha that are left open ----------------------------------------------------------------------
+
+SMALL, LARGE = (3, 83_333), (500, 500)  # weights of 249,999 and of 250,000 numbers
+
+
+def wide(size: tuple[int, int]) -> Holder:
+    return Holder(nn.Linear(*size, bias=False))
+
+
+def line(**options: Any) -> STLoraConfig:
+    return STLoraConfig(**({"num_nodes": 3, "target_modules": ["layer"], "predictor": None} | options))
+
+
+def resolved(model: nn.Module, adapter: str = "default") -> tuple[int, float]:
+    """Rank and alpha of an adapter, after a check that the layer has the same."""
+    config, layer = model.peft_config[adapter], model.get_base_model().layer
+    assert (layer.r[adapter], layer.lora_alpha[adapter]) == (config.r, config.lora_alpha)
+    assert layer.nall_B[adapter].shape[1] == config.r
+    assert layer.scaling[adapter] == config.lora_alpha / config.r
+    return config.r, config.lora_alpha
+
+
+@pytest.mark.parametrize(("size", "expected"), [((4, 5), (8, 16)), (SMALL, (8, 16)), (LARGE, (2, 4))])
+def test_rank_left_open_is_8_and_2_on_a_backbone_of_250_000_numbers(size, expected):
+    assert resolved(get_peft_model(wide(size), line())) == expected
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"r": 4}, (4, 8)),
+        ({"r": 4, "lora_alpha": 3}, (4, 3)),
+        ({"r": 8, "lora_alpha": 16}, (8, 16)),
+        ({"r": 4, "lora_alpha": 0}, (4, 0)),
+    ],
+)
+def test_rank_and_alpha_that_are_given_are_kept_on_every_backbone(given, expected, size):
+    assert resolved(get_peft_model(wide(size), line(**given))) == expected
+
+
+@pytest.mark.parametrize(("size", "rank"), [(SMALL, 8), (LARGE, 2)])
+def test_alpha_that_is_given_alone_is_kept_beside_the_rank_that_is_filled_in(size, rank):
+    assert resolved(get_peft_model(wide(size), line(lora_alpha=3))) == (rank, 3)
+
+
+def test_rank_left_open_scales_as_the_same_rank_written_out():
+    outs = []
+    for given in ({}, {"r": 8, "lora_alpha": 16}):
+        torch.manual_seed(1)
+        model = get_peft_model(Holder(nn.Linear(4, 5)), line(init_weights=False, use_rslora=True, **given)).eval()
+        outs.append(model(torch.linspace(-1, 1, 12).view(1, 3, 4)))
+    assert torch.equal(outs[0], outs[1])
+    assert model.get_base_model().layer.scaling["default"] == 16 / 8**0.5
+
+
+def test_adapters_that_are_there_already_do_not_count_as_the_backbone():
+    model = get_peft_model(wide(SMALL), line(r=64))
+    assert sum(parameter.numel() for parameter in model.parameters()) > 5_000_000
+    model.add_adapter("second", line())
+    assert (resolved(model), resolved(model, "second")) == ((64, 128), (8, 16))
+
+
+def test_copies_of_an_adapter_do_not_count_as_the_backbone():
+    class City(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(30_000)  # 60,000 weights, as many statistics and a counter
+            self.layer, self.head = nn.Linear(2, 2), nn.Linear(300, 300, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.norm(x))
+
+    options = {"num_nodes": 30_000, "conditioning": "shared", "node_bound": ["norm"], "modules_to_save": ["head"]}
+    model = get_peft_model(City(), line(**options))
+    model.add_adapter("second", line(**options))
+    assert resolved(model) == resolved(model, "second") == (8, 16)
+
+
+@pytest.mark.parametrize(("name", "options"), [("stgcn", {}), ("lstm", {"hidden_size": 250})])
+def test_rank_left_open_counts_for_the_predictor_too(name, options):
+    model = get_peft_model(small_backbone(name, **options), STLoraConfig(num_nodes=5))
+    config, rank = model.peft_config["default"], 8 if name == "stgcn" else 2
+    predictor = model.get_base_model().stlora_predictor.nall_predictor["default"]
+    assert (config.r, config.lora_alpha, predictor.r, predictor.scaling) == (rank, 2 * rank, rank, 2.0)
+    assert predictor.B_out.shape[1] == rank
+    assert predictor.dropout == config.lora_dropout == 0.1
+
+
+@pytest.mark.parametrize(("size", "rank"), [((4, 5), 8), (LARGE, 2)])
+def test_rank_pattern_holds_beside_a_rank_left_open_and_alpha_follows_the_open_one(size, rank):
+    backbone = wide(size)
+    backbone.other = nn.Linear(2, 2)
+    options = {"target_modules": ["layer", "other"], "rank_pattern": {"other": 5}, "conditioning": "gate"}
+    model = get_peft_model(backbone, line(**options))
+    assert resolved(model) == (rank, 2 * rank)
+    other = model.get_base_model().other
+    assert other.nall_gate["default"].shape == (3, 5)
+    assert (other.r["default"], other.lora_alpha["default"], other.scaling["default"]) == (5, 2 * rank, 2 * rank / 5)
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_resolved_numbers_are_saved_and_loading_keeps_them(tmp_path, size):
+    backbone = wide(size)
+    before = copy.deepcopy(backbone)
+    model = get_peft_model(backbone, line(init_weights=False)).eval()
+    expected = resolved(model)
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (content["r"], content["lora_alpha"]) == expected
+    assert resolved(PeftModel.from_pretrained(before, tmp_path)) == expected
+
+
+def test_saved_rank_is_that_of_the_file_and_not_that_of_the_backbone(tmp_path):
+    """Files from before ranks could be left open have 8 and 16, on large backbones too."""
+    backbone = wide(LARGE)
+    before = copy.deepcopy(backbone)
+    get_peft_model(backbone, line(r=8, lora_alpha=16)).save_pretrained(tmp_path)
+    assert resolved(PeftModel.from_pretrained(before, tmp_path)) == (8, 16)
+
+
+def test_config_left_open_prints_and_reads_back_as_it_was(tmp_path):
+    config = STLoraConfig(num_nodes=3)
+    assert "r=None, lora_alpha=None, lora_dropout=0.1" in repr(config)
+    assert STLoraConfig(**config.to_dict()) == config
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] is None
+    found = STLoraConfig.from_pretrained(tmp_path)
+    assert (found.r, found.lora_alpha) == (None, None)
+    assert found.to_dict() | {"inference_mode": False} == config.to_dict()
+
+
+def test_config_left_open_stays_open_and_is_resolved_for_each_backbone():
+    config = line()
+    before = config.to_dict()
+    models = [get_peft_model(wide(size), config) for size in (LARGE, SMALL)]
+    models[0].add_adapter("second", config)
+    injected = inject_adapter_in_model(config, wide(LARGE))
+    assert [resolved(model) for model in models] == [(2, 4), (8, 16)]
+    assert resolved(models[0], "second") == (2, 4)
+    assert injected.layer.r == {"default": 2}
+    assert config.to_dict() == before | {"base_model_name_or_path": config.base_model_name_or_path}
+    assert (config.r, config.lora_alpha) == (None, None)
+
+
 # -- what can only be checked beside a backbone -------------------------------------------------------------
 
 
@@ -203,7 +357,7 @@ def unknown(holder: nn.Module, **options: Any) -> dict[str, str]:
 
 
 def test_number_of_nodes_is_needed_by_every_conditioning_but_shared():
-    for conditioning in ("gate", "core", "full", "embedding"):
+    for conditioning in ("gate", "core", "full", "embedding", "bias"):
         assert unknown(Holder(nn.Linear(2, 2)), target_modules=["layer"], conditioning=conditioning) == {
             "where": "stlora adapter 'default': the number of nodes is not known",
             "expected": "STLoraConfig(num_nodes=<N>)",
@@ -245,7 +399,7 @@ def test_patterns_give_layers_their_own_rank_and_alpha():
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "nall_B")}
     assert layers
     for name, layer in layers.items():
-        rank, alpha = 2 if "head" in name else 4, 3 if name.endswith("conv_1") else 16
+        rank, alpha = 2 if "head" in name else 4, 3 if name.endswith("conv_1") else 8
         assert (layer.r["default"], layer.lora_alpha["default"]) == (rank, alpha)
         assert layer.scaling["default"] == alpha / rank
         assert layer.nall_B["default"].shape[1] == rank

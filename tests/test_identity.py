@@ -27,10 +27,12 @@ def test_fingerprint_is_sha256_over_names_shapes_dtypes_and_bytes():
 
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("num_nodes", [5, 8])
-@pytest.mark.parametrize("options", [{}, {"conditioning": "embedding", "modules_to_save": ["head"]}])
+@pytest.mark.parametrize(
+    "options", [{"conditioning": "gate"}, {"conditioning": "embedding", "modules_to_save": ["head"]}]
+)
 def test_fingerprint_is_the_same_with_adapters(options, num_nodes, name):
     backbone = small_backbone(name)
-    if options:
+    if "modules_to_save" in options:
         options |= {"target_modules": ["lstm"] if name == "lstm" else ["conv_1", "_graph_conv"]}
     before = fingerprint(backbone)
     model = randomised(get_peft_model(backbone, STLoraConfig(num_nodes=num_nodes, **options)))

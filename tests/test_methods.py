@@ -138,7 +138,8 @@ def test_full_trains_everything(data: CityData) -> None:
 def test_lora_says_which_implementation_it_is(data: CityData) -> None:
     candidate = METHODS["lora"].build(make("stgcn"), data)
     assert candidate.implementation == 'STLoraConfig(conditioning="shared", predictor=None)'
-    assert candidate.model.peft_config["default"].conditioning == "shared"
+    config = candidate.model.peft_config["default"]
+    assert (config.conditioning, config.r, config.lora_alpha, config.lora_dropout) == ("shared", 8, 16, 0.0)
 
 
 def test_lora_is_pefts_own_where_peft_accepts_every_target(data: CityData) -> None:
@@ -156,7 +157,9 @@ def test_lora_is_pefts_own_where_peft_accepts_every_target(data: CityData) -> No
 
     candidate = METHODS["lora"].build(Linears(), data)
     assert candidate.implementation == "peft.LoraConfig"
-    assert str(candidate.model.peft_config["default"].peft_type.value) == "LORA"
+    config = candidate.model.peft_config["default"]
+    assert str(config.peft_type.value) == "LORA"
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 16, 0.0)
     assert all("lora_" in name for name in trainable(candidate.model))
 
 
@@ -188,7 +191,7 @@ def test_predictor_alone_trains_nothing_inside_the_backbone_but_what_is_bound_to
 ) -> None:
     candidate = METHODS["st-lora-predictor"].build(make("stgcn"), data)
     names = {name.removeprefix("base_model.model.") for name in trainable(candidate.model)}
-    assert {name.partition(".")[0] for name in names} == {"stlora_predictor", "block1", "block2"}
+    assert {name.partition(".")[0] for name in names} == {"stlora_predictor", "stlora_nodes", "block1", "block2"}
     assert all("nall_node_bound" in name for name in names if name.startswith("block"))
     with torch.no_grad():
         for name, parameter in candidate.model.named_parameters():

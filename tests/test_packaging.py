@@ -151,7 +151,8 @@ def test_core_install_adapts_a_model_of_the_user() -> None:
         "import torch\n"
         "from peft import get_peft_model\n"
         "from stlora_peft import STLoraConfig\n"
-        "config = STLoraConfig(num_nodes=5, target_modules=['0'], node_layout={'0': 'b t n c'}, predictor=None)\n"
+        "options = {'num_nodes': 5, 'target_modules': ['0'], 'node_layout': {'0': 'b t n c'}, 'predictor': None}\n"
+        "config = STLoraConfig(conditioning='gate', **options)\n"
         "model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 2)), config)\n"
         "print(tuple(model(torch.zeros(2, 4, 5, 3)).shape))\n",
     )

@@ -285,15 +285,15 @@ assert PEFT_TYPE_TO_CONFIG_MAPPING["STLORA"] is stlora_peft.STLoraConfig
 assert stlora_peft.STLoraConfig().peft_type is member is PeftType.STLORA
 layer = torch.nn.Sequential(torch.nn.Linear(2, 2))
 import peft
-config = stlora_peft.STLoraConfig(num_nodes=3, target_modules=["0"], predictor=None)
+config = stlora_peft.STLoraConfig(num_nodes=3, target_modules=["0"], conditioning="gate", predictor=None)
 print(peft.get_peft_model(layer, config)(torch.ones(1, 3, 2)).shape)
 """
 
 
 def test_fresh_process_reads_pickles_and_can_reload_the_package(tmp_path: Path) -> None:
+    options = {"num_nodes": NODES, "target_modules": ["0"], "conditioning": "gate", "predictor": None}
     model = get_peft_model(
-        nn.Sequential(nn.Linear(3, 4), nn.Tanh()),
-        STLoraConfig(num_nodes=NODES, target_modules=["0"], predictor=None, init_weights=False),
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh()), STLoraConfig(lora_dropout=0.0, init_weights=False, **options)
     )
     torch.save(model, tmp_path / "model.pt")
     x = window()

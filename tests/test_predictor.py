@@ -46,13 +46,13 @@ class Line(nn.Module):
 def config(conditioning: str = "gate", **options: object) -> STLoraConfig:
     predictor = {"width": WIDTH, "window": T, "horizon": H, "in_channels": C_IN, "out_channels": C_OUT}
     predictor |= options.pop("predictor", {})
-    options = {"r": R, "lora_alpha": ALPHA, "emb_size": 3, "node_layout": {"lin": "b t n c"}} | options
+    defaults = {"r": R, "lora_alpha": ALPHA, "lora_dropout": 0.0, "emb_size": 3, "node_layout": {"lin": "b t n c"}}
     return STLoraConfig(
         num_nodes=N,
         conditioning=conditioning,
         target_modules=["lin"],
         predictor=PredictorConfig(**predictor),
-        **options,
+        **(defaults | options),
     )
 
 

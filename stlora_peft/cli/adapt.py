@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
+    from stlora_peft.cli.screen import Screen
     from stlora_peft.data import CityData
+    from stlora_peft.training import TrainingOptions
 
 EXAMPLE = "Example:  stlora adapt shenzhen-flow.npz --base runs/la --days 3 --out runs/shenzhen"
 _ADAPTER = "Adapter"
@@ -103,6 +105,10 @@ def adapt(
     days: Days = None,
     learning_rate: LearningRate = 3e-3,
     refit_steps: RefitSteps = 600,
+    no_training: Annotated[
+        bool,
+        typer.Option("--no-training", help="Only fit the predictor to the given days in closed form, in seconds."),
+    ] = False,
     seed: Seed = 0,
     force: Force = False,
 ) -> None:
@@ -115,6 +121,7 @@ def adapt(
     screen = output.screen()
     with screen.working("reading the city and the backbone"):
         from stlora_peft.comparison import adaptation_data
+        from stlora_peft.methods import calibrated
         from stlora_peft.storage import ADAPTER_WEIGHTS, load_backbone, save_adapter
 
         check_adapter_folder(out, force)
@@ -122,30 +129,26 @@ def adapt(
         saved = load_backbone(base)
         city = reading.city()
         data = adaptation_data(saved, city, days)
-        model = adapter.build(saved.backbone, data, seed)
     screen.say(
         f"Adapting {bold(saved.backbone.name)} of {escape(saved.city)} to {bold(city.name)} "
         f"({city.num_nodes} sensors): "
         f"{len(data.train):,} windows from the first {len(data.split.given) / city.steps_per_day:g} day(s)"
     )
     checkpoints = Resumable(out, force)
-    result = checkpoints.train(screen, "validate", model, data, options, "validate")
-    refit = None
-    if refit_steps:
-        model = adapter.build(saved.backbone, data, seed)
-        whole = replace(options, patience=None, max_steps=refit_steps)
-        refit = checkpoints.train(screen, "adapt", model, data, whole, "refit")
+    if no_training:
+        with screen.working("fitting the predictor"):
+            model = calibrated(adapter.build(saved.backbone, data, seed), data)
+        facts, summary = {"training": "none: the predictor was fitted in closed form"}, {"training": None}
+    else:
+        model, facts, summary = _train(screen, checkpoints, adapter, saved.backbone, data, options, refit_steps)
     save_adapter(out, model)
     checkpoints.delete()
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     backbone_size = sum(parameter.numel() for parameter in saved.backbone.parameters())
     size = (out / ADAPTER_WEIGHTS).stat().st_size
-    before = result.history[0]["val_mae"]
     screen.say("")
     screen.facts(
-        validation_MAE=f"{number(before)} before, {number(result.best_val_mae)} after; {unit(city)}",
-        training=training_line(result),
-        **({"all_given_days": training_line(refit)} if refit else {}),
+        **facts,
         trained=f"{trained:,} parameters, {trained / backbone_size:.1%} of the backbone's {backbone_size:,}",
         adapter=f"{out} ({size / KIB:,.0f} KiB)",
     )
@@ -160,8 +163,31 @@ def adapt(
             "trainable_parameters": trained,
             "backbone_parameters": backbone_size,
             "adapter_bytes": size,
-            "val_mae_before": before,
-            "training": training_summary(result),
-            "refit": training_summary(refit) if refit else None,
+            **summary,
         }
     )
+
+
+def _train(
+    screen: Screen,
+    checkpoints: Resumable,
+    adapter: Adapter,
+    backbone: nn.Module,
+    data: CityData,
+    options: TrainingOptions,
+    refit_steps: int,
+) -> tuple[PeftModel, dict[str, str], dict[str, Any]]:
+    """Train on a part of the given days and validate, then anew on all of them; what to show of it, and for JSON."""
+    model = adapter.build(backbone, data, options.seed)
+    result = checkpoints.train(screen, "validate", model, data, options, "validate")
+    before = result.history[0]["val_mae"]
+    after = f"{number(before)} before, {number(result.best_val_mae)} after; {unit(data.city)}"
+    facts = {"validation_MAE": after, "validated": training_line(result)}
+    refit = None
+    if refit_steps:
+        model = adapter.build(backbone, data, options.seed)
+        whole = replace(options, patience=None, max_steps=refit_steps)
+        refit = checkpoints.train(screen, "adapt", model, data, whole, "refit")
+        facts["all_given_days"] = training_line(refit)
+    summary = {"training": training_summary(result), "refit": training_summary(refit) if refit else None}
+    return model, facts, {"val_mae_before": before, **summary}

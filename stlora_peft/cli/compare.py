@@ -37,9 +37,9 @@ def compare(
         str,
         typer.Option(
             metavar="LIST",
-            help="Untrained: zero-shot, persistence, ha, var, svr. Rivals: scratch, head, norm, full, ia3, dora, "
-            "lora, node-embedding, node-prompt, full+node-embedding. Ours: st-lora, full+st-lora, st-lora-FORM, "
-            "st-lora-FORM-layers (no predictor), st-lora-predictor.",
+            help="Untrained: zero-shot, zero-shot+, persistence, ha, var, svr. Rivals: scratch, head, norm, full, "
+            "ia3, dora, lora, node-embedding, node-prompt, full+node-embedding. Ours: st-lora, full+st-lora, "
+            "st-lora-FORM, st-lora-FORM-layers (no predictor), st-lora-predictor.",
         ),
     ] = "zero-shot,persistence,head,full,lora,st-lora",
     seeds: Annotated[str, typer.Option(metavar="LIST", help="Each is a training of its own.")] = "0,1,2",

@@ -7,10 +7,19 @@ from collections.abc import Iterable
 from stlora_peft.baselines import BASELINES
 from stlora_peft.errors import message
 from stlora_peft.methods import trained
-from stlora_peft.methods.candidates import Build, Candidate, Method, build_adapter, forward_batches
+from stlora_peft.methods.candidates import Build, Candidate, Method, build_adapter, calibrated, forward_batches
 from stlora_peft.tuner.conditioning import CONDITIONINGS
 
-__all__ = ["METHODS", "Build", "Candidate", "Method", "build_adapter", "find_methods", "forward_batches"]
+__all__ = [
+    "METHODS",
+    "Build",
+    "Candidate",
+    "Method",
+    "build_adapter",
+    "calibrated",
+    "find_methods",
+    "forward_batches",
+]
 
 NODE_VECTORS = {
     "conditioning": "bias",
@@ -23,6 +32,9 @@ NODE_VECTORS = {
 
 METHODS: dict[str, Method] = {
     "zero-shot": Method("the backbone as it is, with the new city's scaler", trained.zero_shot, trained=False),
+    "zero-shot+": Method(
+        "an adapter whose predictor is fitted to the given days in closed form", trained.zero_shot_plus, trained=False
+    ),
     "persistence": Method("the last reading, at every step; no model", trained=False),
     "ha": Method("historical average by time of day", trained=False, baseline=BASELINES["ha"]),
     "var": Method("vector autoregression of all nodes", trained=False, baseline=BASELINES["var"]),

@@ -12,7 +12,7 @@ from stlora_peft.backbones import Forecaster, build_backbone
 from stlora_peft.data import CityData
 from stlora_peft.errors import message
 from stlora_peft.methods import node_inputs as at_input
-from stlora_peft.methods.candidates import Build, Candidate, backbone_spec, build_adapter, rebuilt
+from stlora_peft.methods.candidates import Build, Candidate, backbone_spec, build_adapter, calibrated, rebuilt
 from stlora_peft.methods.node_inputs import NodeInputs
 from stlora_peft.methods.peft_layers import LORA, dora_model, low_rank_refusal, peft_targets
 from stlora_peft.tuner.node_bound import rebuild
@@ -23,6 +23,12 @@ NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn
 def zero_shot(backbone: nn.Module, data: CityData) -> Candidate:
     """Leave the backbone as it is; what is bound to the nodes is rebuilt for theirs."""
     return Candidate(rebuild(backbone, data.city.num_nodes), "as pretrained")
+
+
+def zero_shot_plus(backbone: nn.Module, data: CityData) -> Candidate:
+    """Fit an adapter's predictor to the given days in closed form, without training."""
+    model = calibrated(build_adapter(backbone, data), data)
+    return Candidate(model, "STLoraConfig(num_nodes=N), the predictor calibrated in closed form")
 
 
 def head(backbone: nn.Module, data: CityData) -> Candidate:

@@ -177,8 +177,7 @@ class STLoraLayer(AdapterModule):
         if self.conditioning[adapter_name] == "full":
             u = self._down_full(z, factors["A"], layout, num_nodes)
         else:
-            # a node bias has no A: the directions of a zero one have the shape that it needs
-            down = factors.get("A", z.new_zeros(self.r[adapter_name], *self.in_shape))
+            down = factors.get("A", z.new_zeros(self.r[adapter_name], *self.in_shape))  # a node bias has no A
             view, node, channel = layout.split(self._down(z, down), num_nodes)
             table = self.node_table.get(adapter_name)
             embedding = None if table is None else partial(table.vectors, adapter_name)

@@ -95,10 +95,14 @@ class NodePredictor(nn.Module):
         tensor: Tensor = getattr(self, name)
         return tensor
 
+    def _activated(self, h: Tensor, name: str) -> Tensor:
+        """RMSNorm, LeakyReLU and dropout before a node-adaptive layer."""
+        h = F.rms_norm(h, h.shape[-1:], self._tensor(f"norm_{name}").to(h.dtype))
+        return F.dropout(F.leaky_relu(h, 0.1), self.dropout, self.training)
+
     def _nall(self, h: Tensor, name: str, embedding: Callable[[], Tensor] | None) -> Tensor:
         """Node-adaptive low-rank layer on rows ``[b n d]``."""
-        h = F.rms_norm(h, h.shape[-1:], self._tensor(f"norm_{name}").to(h.dtype))
-        h = F.dropout(F.leaky_relu(h, 0.1), self.dropout, self.training)
+        h = self._activated(h, name)
         factors = {key: self._tensor(f"{key}_{name}") for key in self.factor_names}
         if self.config.conditioning == "full":
             u = full_update(h, factors["A"], 1, 2)
@@ -119,6 +123,16 @@ class NodePredictor(nn.Module):
         Returns:
             Tensor of the shape of ``forecast``.
         """
+        out = self._nall(self._hidden(window, forecast, embedding), "out", embedding)
+        pattern = f"b n (t c) -> {self.predictor.output_layout}"
+        return rearrange(out, pattern, c=required_size(self.predictor, "out_channels")).to(forecast.dtype)
+
+    def features(self, window: Tensor, forecast: Tensor, embedding: Callable[[], Tensor] | None = None) -> Tensor:
+        """Compute what the output layer reads, ``[b n d]``; arguments as of :meth:`forward`."""
+        return self._activated(self._hidden(window, forecast, embedding), "out")
+
+    def _hidden(self, window: Tensor, forecast: Tensor, embedding: Callable[[], Tensor] | None) -> Tensor:
+        """Compute the last hidden state, ``[b n d]``."""
         weight = self._tensor("weight_in")
         rows = [
             rearrange(window, f"{self.predictor.input_layout} -> b n (t c)"),
@@ -127,9 +141,7 @@ class NodePredictor(nn.Module):
         h = F.linear(torch.cat([row.to(weight.dtype) for row in rows], dim=-1), weight, self._tensor("bias_in"))
         for layer in range(self.predictor.num_layers):
             h = h + self._nall(h, str(layer), embedding)
-        out = self._nall(h, "out", embedding)
-        pattern = f"b n (t c) -> {self.predictor.output_layout}"
-        return rearrange(out, pattern, c=required_size(self.predictor, "out_channels")).to(forecast.dtype)
+        return h
 
 
 class PredictorLayer(CityModule):
