@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stlora_peft.significance import Difference, paired_difference
+if TYPE_CHECKING:
+    from stlora_peft.significance import Difference
 
 Row = Mapping[str, Any]
 
@@ -21,6 +22,8 @@ def differences(rows: Sequence[Row], ours: str = "st-lora") -> dict[tuple[float 
         Given days and name of the other method to the relative difference, negative where ``ours`` is better. Seeds
         that only one of the two has are left out; a method without a seed in common is not there.
     """
+    from stlora_peft.significance import paired_difference  # it needs torch, which a table does not
+
     daily: dict[tuple[float | None, str], dict[int, Any]] = {}
     for row in rows:
         if row.get("daily"):
@@ -38,6 +41,7 @@ def difference_text(difference: Difference | None) -> str:
     """Write a relative difference in per cent, with its interval.
 
     Example:
+        >>> from stlora_peft.significance import Difference
         >>> difference_text(Difference(-0.05, -0.07, -0.03, 0.001)), difference_text(Difference(0.01))
         ('-5.0 % (-7.0 to -3.0)', '+1.0 %')
         >>> difference_text(None)

@@ -10,11 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stlora_peft.differences import difference_text, differences
 from stlora_peft.files import atomic_write
-from stlora_peft.significance import Difference
+
+if TYPE_CHECKING:
+    from stlora_peft.significance import Difference
 
 Row = Mapping[str, Any]
 PACKAGES = ("stlora-peft", "peft", "torch", "transformers", "torch-geometric", "torch-geometric-temporal", "numpy")

@@ -103,8 +103,9 @@ def test_version_is_printed() -> None:
 
 def test_modules_of_the_commands_import_nothing_slow_at_their_top() -> None:
     allowed = {"typer", "rich", *sys.stdlib_module_names}
-    light = ("stlora_peft.cli", "stlora_peft.errors", "stlora_peft.files", "stlora_peft.reports")
-    files = [*Path(cli.__file__).parent.glob("*.py"), Path(cli.__file__).parents[1] / "reports.py"]
+    light = tuple(f"stlora_peft.{name}" for name in ("cli", "differences", "errors", "files", "reports"))
+    package = Path(cli.__file__).parents[1]
+    files = [*Path(cli.__file__).parent.glob("*.py"), package / "reports.py", package / "differences.py"]
     assert len(files) > 10
     for file in files:
         for statement in ast.parse(file.read_text()).body:
