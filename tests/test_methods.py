@@ -204,6 +204,14 @@ def test_predictor_alone_trains_nothing_inside_the_backbone_but_what_is_bound_to
     assert torch.equal(found, expected)
 
 
+def test_frugal_adapter_is_a_narrow_predictor_alone(data: CityData) -> None:
+    model = METHODS["st-lora-frugal"].build(make("lstm"), data).model
+    assert {name.split(".")[2] for name in trainable(model)} == {"stlora_predictor", "stlora_nodes"}
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    hidden, out = (16 * width + width + 16 + 2 * 16 + width * 2 + 2 * 2 * 4 for width in (16, 12))
+    assert count == (12 * 3 + 12 + 1) * 16 + hidden + out + 4 * 5 < 1_500 + 4 * 5
+
+
 def test_every_form_of_st_lora_is_a_method_with_and_without_the_predictor(data: CityData) -> None:
     for form in ("gate", "core", "full", "embedding", "bias"):
         whole, layers = (METHODS[f"st-lora-{form}{end}"].build(make("lstm"), data).model for end in ("", "-layers"))

@@ -83,15 +83,25 @@ class Adapter:
         bool, typer.Option(help="Node-specific predictor behind the backbone.", rich_help_panel=_ADAPTER)
     ] = True
 
+    frugal: Annotated[
+        bool,
+        typer.Option(
+            "--frugal",
+            help="A narrow predictor alone: about 1,500 numbers and 4 for each node. Rank and predictor are its own.",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = False
+
     def build(self, backbone: nn.Module, data: CityData, seed: int) -> PeftModel:
         """Put an untrained adapter on a copy of the backbone."""
         import torch
 
-        from stlora_peft.methods import build_adapter
+        from stlora_peft.methods import FRUGAL, build_adapter
 
         settings: dict[str, Any] = {"conditioning": self.conditioning, "r": self.rank, "lora_alpha": self.alpha}
         torch.manual_seed(seed)
         settings |= {} if self.predictor else {"predictor": None}
+        settings |= FRUGAL if self.frugal else {}
         return build_adapter(backbone, data, **settings)
 
 

@@ -39,7 +39,7 @@ def compare(
             metavar="LIST",
             help="Untrained: zero-shot, zero-shot+, persistence, ha, var, svr. Rivals: scratch, head, norm, full, "
             "ia3, dora, lora, node-embedding, node-prompt, full+node-embedding. Ours: st-lora, full+st-lora, "
-            "st-lora-FORM, st-lora-FORM-layers (no predictor), st-lora-predictor.",
+            "st-lora-FORM, st-lora-FORM-layers (no predictor), st-lora-predictor, st-lora-frugal.",
         ),
     ] = "zero-shot,persistence,head,full,lora,st-lora",
     seeds: Annotated[str, typer.Option(metavar="LIST", help="Each is a training of its own.")] = "0,1,2",

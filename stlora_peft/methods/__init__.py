@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from stlora_peft.baselines import BASELINES
 from stlora_peft.errors import message
 from stlora_peft.methods import trained
-from stlora_peft.methods.candidates import Build, Candidate, Method, build_adapter, calibrated, forward_batches
+from stlora_peft.methods.candidates import FRUGAL, Build, Candidate, Method, build_adapter, calibrated, forward_batches
 from stlora_peft.tuner.conditioning import CONDITIONINGS
 
 __all__ = [
+    "FRUGAL",
     "METHODS",
     "Build",
     "Candidate",
@@ -64,6 +65,7 @@ for form in (form for form in CONDITIONINGS if form != "shared"):
     METHODS[f"st-lora-{form}-layers"] = Method(
         "the same without the predictor", trained.adapter(conditioning=form, predictor=None)
     )
+METHODS["st-lora-frugal"] = Method("a narrow predictor alone", trained.adapter(**FRUGAL))
 METHODS["st-lora-predictor"] = Method("the node-specific predictor alone", trained.adapter(target_modules=[]))
 
 

@@ -23,6 +23,13 @@ from stlora_peft.tuner.node_bound import rebuild
 from stlora_peft.tuner.reestimation import reestimate
 from stlora_peft.tuner.spec import BackboneSpec
 
+FRUGAL: dict[str, Any] = {
+    "target_modules": [],
+    "r": 2,
+    "emb_size": 4,
+    "predictor": {"width": 16, "num_layers": 1, "input_layout": "b t n c", "output_layout": "b t n c"},
+}
+"""Settings of a small adapter: a narrow predictor alone, about 1,500 numbers and 4 for each node."""
 CALIBRATION_ROWS = 100_000  # windows times nodes: more would tell least absolute deviations nothing new
 
 
