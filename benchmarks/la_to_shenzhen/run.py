@@ -19,7 +19,8 @@ sys.path.insert(0, str(FOLDER.parent))
 from on_cities import CITIES, ROOT, keep, read_options, stlora  # noqa: E402 - found by the line above
 
 METHODS = (
-    "zero-shot,persistence,ha,var,svr,st-lora,full,lora,full+node-embedding,head,norm,ia3,node-embedding,node-prompt"
+    "zero-shot,zero-shot+,persistence,ha,var,svr,head,norm,ia3,node-embedding,node-prompt,lora,full,"
+    "full+node-embedding,st-lora"
 )
 SEARCH = ["--epochs", "20", "--patience", "5"]  # for each rate; the last training has 600 steps
 
