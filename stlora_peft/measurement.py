@@ -90,6 +90,7 @@ class Run:
             test = evaluate_persistence(self.data.test, self.data, daily=daily)
             return _row(test, daily, "last reading", best_val_mae=val.mae)
         if not method.trained:
+            torch.manual_seed(0)  # what trains nothing is the same for every seed
             candidate = method.build(self.backbone, self.data)
             details = _sizes(candidate.model, trained=False)
             details["best_val_mae"] = self._errors(candidate.model, self.data.val).mae

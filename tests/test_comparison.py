@@ -73,6 +73,10 @@ def test_compare_untrained_methods_store_and_train_nothing(rows: dict[str, Row],
     model = METHODS["zero-shot"].build(saved.backbone, data).model
     assert rows["zero-shot"]["mae"] == evaluate(model, data.test, data).mae
     assert rows["persistence"]["total_parameters"] == 0
+    assert rows["zero-shot+"]["adapter_bytes"] > 4 * 1000
+    assert rows["zero-shot+"]["mae"] < 0.9 * rows["zero-shot"]["mae"]
+    again = compare(saved, CITY, days=8, methods=["zero-shot+"], seeds=[2], options=OPTIONS, learning_rates=[1e-3])
+    assert again[0]["mae"] == rows["zero-shot+"]["mae"]
 
 
 @pytest.mark.parametrize("name", ["ha", "var", "svr"])
