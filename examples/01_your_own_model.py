@@ -2,7 +2,7 @@
 
 Run:       python examples/01_your_own_model.py
 Expected:  untrained adapter changes nothing: True
-           trainable params: 3,952 || all params: 5,683 || trainable%: 69.5407
+           trainable params: 3,824 || all params: 5,555 || trainable%: 68.8389
            loss 0.53 -> 0.01
            backbone unchanged: True
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from stlora_peft.reports import Row, Summary, days_name, summarise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+FEW = 7  # methods whose names have room side by side
 
 
 def draw_comparison(path: str | os.PathLike[str], rows: Sequence[Row], *, title: str, quantity: str) -> None:
@@ -29,7 +31,8 @@ def draw_comparison(path: str | os.PathLike[str], rows: Sequence[Row], *, title:
     """
     summaries = summarise(rows)
     groups = list(dict.fromkeys(summary.days for summary in summaries))
-    figure = figures.new_figure(11, 0.6 + 3.9 * len(groups))
+    crowded = len({summary.method for summary in summaries}) > FEW
+    figure = figures.new_figure(15 if crowded else 11, 0.6 + (4.9 if crowded else 3.9) * len(groups))
     axes = figure.subplots(len(groups), 2, squeeze=False, sharey="row", width_ratios=[1.15, 1])
     figure.suptitle(title, fontsize=13, fontweight="bold")
     for (left, right), days in zip(axes, groups, strict=True):
@@ -55,6 +58,8 @@ def _within_scale(summaries: Sequence[Summary]) -> list[Summary]:
 
 def _draw_methods(axes: Axes, summaries: Sequence[Summary], rows: Sequence[Row], shown: Sequence[Summary]) -> None:
     """One column for each method: its seeds and their mean, or only the number where it is off the scale."""
+    crowded = len(summaries) > FEW
+    size = 8 if crowded else 9
     for place, summary in enumerate(summaries):
         colour, mean = figures.COLOURS.get(summary.method, figures.OTHER_COLOUR), summary.mae.mean
         if summary not in shown:
@@ -68,9 +73,12 @@ def _draw_methods(axes: Axes, summaries: Sequence[Summary], rows: Sequence[Row],
         if mean is not None:
             axes.errorbar(place, mean, yerr=summary.mae.std, color=colour, capsize=5, marker="_", ms=24, mew=2.2)
             top = (place, max(mean + (summary.mae.std or 0), *seeds))
-            axes.annotate(f"{mean:.3f}", top, (0, 7), textcoords="offset points", ha="center", fontsize=9)
+            axes.annotate(f"{mean:.3f}", top, (0, 7), textcoords="offset points", ha="center", fontsize=size)
     axes.set_xticks(range(len(summaries)), [summary.method for summary in summaries])
-    axes.tick_params(axis="x", labelsize=7.5 if len(summaries) > 7 else 10)
+    if crowded:
+        axes.tick_params(axis="x", labelsize=9, rotation=40)
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")
     axes.set_xlim(-0.6, len(summaries) - 0.4)
     axes.margins(y=0.18)
 
@@ -80,17 +88,22 @@ def _draw_sizes(axes: Axes, summaries: Sequence[Summary]) -> None:
     axes.set_xscale("log")
     known = [(summary, summary.mae.mean) for summary in summaries if summary.mae.mean is not None]
     trained = sorted((pair for pair in known if pair[0].trainable_parameters), key=lambda pair: -pair[1])
+    most = max((summary.trainable_parameters for summary, _ in trained), default=0)
     for number, (summary, mae) in enumerate(trained):
         colour, place = figures.COLOURS.get(summary.method, figures.OTHER_COLOUR), (summary.trainable_parameters, mae)
         axes.errorbar(*place, yerr=summary.mae.std, color=colour, marker="o", capsize=4)
-        offset = (8, -14 if number == len(trained) - 1 else 5)  # the lowest stays clear of its neighbour's name
-        axes.annotate(summary.method, place, offset, textcoords="offset points", color=colour, fontweight="bold")
+        lowest = number == len(trained) - 1
+        at_edge = len(trained) > FEW and summary.trainable_parameters == most
+        # the lowest stays clear of its neighbour's name, the largest inside the frame and above the others
+        offset, side = ((-8, 20), "right") if at_edge else ((8, -14 if lowest else 5), "left")
+        words: dict[str, Any] = {"color": colour, "fontweight": "bold", "ha": side}
+        axes.annotate(summary.method, place, offset, textcoords="offset points", **words)
     _draw_untrained(axes, [(summary.method, mae) for summary, mae in known if not summary.trainable_parameters])
-    _write_counts(axes)
     axes.set_xlabel("trained parameters (log scale)")
     counts = [summary.trainable_parameters for summary, _ in known if summary.trainable_parameters]
     if counts:
         axes.set_xlim(min(counts) / 2, max(counts) * 2.5)  # room for the names
+        _write_counts(axes)
     else:
         axes.set_xticks([])
 
@@ -116,6 +129,7 @@ def _write_counts(axes: Axes) -> None:
     """Write the numbers on a logarithmic axis out."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 200 * low else (1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

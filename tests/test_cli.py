@@ -27,7 +27,7 @@ from stlora_peft.storage import load_adapter, load_backbone
 from stlora_peft.training import TrainingOptions
 from stlora_peft.tuner.conditioning import CONDITIONINGS
 
-COMMANDS = ["demo", "simulate", "convert", "pretrain", "adapt", "evaluate", "compare", "table", "forecast"]
+COMMANDS = ["demo", "simulate", "convert", "pretrain", "adapt", "extend", "evaluate", "compare", "table", "forecast"]
 QUICK = ["--epochs", "1", "--batch-size", "64"]
 BRIEF = [*QUICK, "--refit-steps", "2"]
 

@@ -60,9 +60,10 @@ class Part:
         return f"{self.setting}, {self.backbone}, {days_name(self.days)}"
 
     def mae(self, method: str) -> float | None:
-        """Mean over the seeds, None where it is missing or not finite."""
-        found = [row["mae"] for row in self.rows if row["method"] == method]
-        return statistics.fmean(found) if found and None not in found else None
+        """Mean over the seeds that st-lora has too, None where it is missing or not finite."""
+        seeds = {row["seed"] for row in self.rows if row["method"] == OURS}
+        found = [row["mae"] for row in self.rows if row["method"] == method and row["seed"] in seeds]
+        return statistics.fmean(found) if len(found) == len(seeds) > 0 and None not in found else None
 
     def against(self, rivals: Sequence[str]) -> float | None:
         """MAE of st-lora relative to the best of some rivals, None where one of them is missing."""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from stlora_peft.cli import adapt, compare, convert, demo, evaluate, forecast, pretrain, simulate, table
+from stlora_peft.cli import adapt, compare, convert, demo, evaluate, extend, forecast, pretrain, simulate, table
 from stlora_peft.cli.groups import expand
 from stlora_peft.cli.screen import Commands
 
@@ -30,6 +30,7 @@ for _module, _command in (
     (convert, convert.convert),
     (pretrain, pretrain.pretrain),
     (adapt, adapt.adapt),
+    (extend, extend.extend),
     (evaluate, evaluate.evaluate),
     (compare, compare.compare),
     (table, table.table),

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from stlora_peft.errors import message
 from stlora_peft.tuner.bare_layers import STLoraGates, STLoraGCLSTM
@@ -59,7 +60,7 @@ class PreparingTuner(BaseTuner):
         for layer, described in config.host_layers.items():
             remember(layer, HostLayer(**described))
         self._resolve_targets(config)
-        config.resolve_rank(sum(value.numel() for _, value in base_tensors(self.model)))
+        config.resolve_rank(sum(value.numel() for _, value in base_tensors(self.model) if not is_lazy(value)))
         self._resolve_predictor(config)
         self._resolve_node_bound(config)
         self._check_targets(config)
