@@ -117,7 +117,8 @@ def _how(rows: Rows) -> Iterator[str]:
     yield _paragraph(
         "**Most rows have one seed: differences under about 1 % mean nothing, and with one day of `unlike` larger "
         "ones do not either.** There, after 600 steps, seeds 0, 1 and so on gave "
-        f"{rows.seeds(UNLIKE, 'full', 600)} with `full`, {rows.seeds(UNLIKE, 'full+node-embedding', 600)} with `full+node-embedding`, "
+        f"{rows.seeds(UNLIKE, 'full', 600)} with `full`, "
+        f"{rows.seeds(UNLIKE, 'full+node-embedding', 600)} with `full+node-embedding`, "
         f"{rows.seeds(UNLIKE, 'gate-dropout0', 600)} with `gate-dropout0`, {rows.seeds(UNLIKE, 'dropout0', 600)} with "
         f"`dropout0` and {rows.seeds(UNLIKE, PRESENT, 600)} with the present default. Percentages below are of seed 0 "
         "and compare errors after the largest number of steps that both arms have."
