@@ -159,7 +159,7 @@ def adapt(
     screen.say("")
     screen.facts(
         **facts,
-        trained=f"{trained:,} parameters, {trained / backbone_size:.1%} of the backbone's {backbone_size:,}",
+        parameters=f"{trained:,}, {trained / backbone_size:.1%} of the backbone's {backbone_size:,}",
         adapter=f"{out} ({size / KIB:,.0f} KiB)",
     )
     screen.next("stlora", "evaluate", reading.city_file, "--base", base, "--adapter", out, *reading.words())
