@@ -280,6 +280,16 @@ def test_copies_of_an_adapter_do_not_count_as_the_backbone():
     assert resolved(model) == resolved(model, "second") == (8, 16)
 
 
+def test_what_is_no_parameter_and_what_two_names_share_counts_once_at_most():
+    class Tied(Holder):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(*SMALL, bias=False))
+            self.again = self.layer
+            self.register_buffer("adjacency", torch.zeros(600, 600))
+
+    assert resolved(get_peft_model(Tied(), line(target_modules="^layer$"))) == (8, 16)
+
+
 @pytest.mark.parametrize(("name", "options"), [("stgcn", {}), ("lstm", {"hidden_size": 250})])
 def test_rank_left_open_counts_for_the_predictor_too(name, options):
     model = get_peft_model(small_backbone(name, **options), STLoraConfig(num_nodes=5))

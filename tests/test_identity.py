@@ -25,6 +25,20 @@ def test_fingerprint_is_sha256_over_names_shapes_dtypes_and_bytes():
     assert fingerprint(model) == digest.hexdigest()
 
 
+def test_a_lazy_layer_that_is_no_target_is_named():
+    model = Holder(nn.Linear(2, 2))
+    model.embedding = nn.LazyLinear(3)
+    config = STLoraConfig(num_nodes=2, target_modules=["layer"], predictor=None)
+    assert raised(lambda: get_peft_model(model, config)) == {
+        "where": "the backbone's tensor 'embedding.bias' has no values yet",
+        "expected": "a backbone whose weights are there",
+        "got": "a lazy layer, which gets its size from its first input",
+        "fix": "run the backbone once, or load its weights, before adapting it",
+    }
+    model.embedding(torch.zeros(1, 4))
+    assert get_peft_model(model, config).peft_config["default"].base_fingerprint == fingerprint(model)
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("num_nodes", [5, 8])
 @pytest.mark.parametrize(
@@ -144,8 +158,16 @@ def city_model(node_ids: list[str] | None, num_nodes: int = 3) -> PeftModel:
 def test_check_nodes_of_the_adapters_own_passes():
     check_nodes(city_model(["a", "b", "c"]), ("a", "b", "c"))
     check_nodes(city_model(None), ["x", "y", "z"])  # the number is right, the names are not known
-    shared = STLoraConfig(conditioning="shared")
-    check_nodes(get_peft_model(small_backbone("lstm"), shared), ["any", "number"])
+    for node_ids in (None, ["a", "b", "c"]):  # the names of the city that it was trained in
+        shared = STLoraConfig(conditioning="shared", num_nodes=3, node_ids=node_ids)
+        check_nodes(get_peft_model(small_backbone("lstm"), shared), ["any", "number"])
+
+
+def test_check_nodes_of_a_shared_adapter_with_node_bound_weights_asks_for_its_city():
+    config = STLoraConfig(conditioning="shared", num_nodes=2, node_ids=["a", "b"])
+    model = get_peft_model(small_backbone("stgcn"), config)
+    assert model.peft_config["default"].node_bound
+    assert raised(lambda: check_nodes(model, ["a", "c"]))["got"] == "node 'c'"
 
 
 @pytest.mark.parametrize(

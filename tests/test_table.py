@@ -298,6 +298,8 @@ def test_settings_know_the_readings_the_clock_and_the_sizes_of_the_network(monke
     same = replace(LSTM, sizes={"lstm": {"hidden_size": 4, "num_layers": 1}})  # its default
     assert hashed(same, CITY) == hashes[0]
     assert hashed(LSTM, CITY, "ha") == hashed(replace(LSTM, stride=5), CITY, "ha")  # a baseline reads every step
+    monkeypatch.setattr("stlora_peft.tuner.config.LARGE", 1)
+    assert hashed(LSTM, CITY) != hashes[0]  # the rank that is trained, not the one that was left open
 
 
 # -- refusals -----------------------------------------------------------------------------------------------

@@ -139,10 +139,11 @@ def adapt(
         saved = load_backbone(base)
         city = reading.city()
         data = adaptation_data(saved, city, days)
+    windows = data.given if no_training or refit_steps else data.train
     screen.say(
         f"Adapting {bold(saved.backbone.name)} of {escape(saved.city)} to {bold(city.name)} "
         f"({city.num_nodes} sensors): "
-        f"{len(data.train):,} windows from the first {len(data.split.given) / city.steps_per_day:g} day(s)"
+        f"{len(windows):,} windows from the first {len(data.split.given) / city.steps_per_day:g} day(s)"
     )
     checkpoints = Resumable(out, force)
     if no_training:

@@ -13,6 +13,7 @@ from stlora_peft.data.windows import TimeFeatures
 from stlora_peft.errors import message
 from stlora_peft.training import TrainingOptions
 from stlora_peft.tuner.config import STLoraConfig
+from stlora_peft.tuner.identity import num_base_parameters
 
 PAPER_BACKBONES = ("lstm", "stgcn", "gwnet", "agcrn", "staeformer", "d2stgnn")
 """Backbones of the paper's table, in its order."""
@@ -145,7 +146,9 @@ class Plan:
         known = self.configuration()
         chosen = {name: known[name] for name in (*self._preparation(), "stride", "training")}
         backbone = new_backbone(model, data, seed=0, **self.sizes.get(model, {}))
-        adapter = {name: value for name, value in asdict(STLoraConfig()).items() if name != "peft_version"}
+        config = STLoraConfig()
+        config.resolve_rank(num_base_parameters(backbone))
+        adapter = {name: value for name, value in asdict(config).items() if name != "peft_version"}
         return chosen | {
             "sizes": backbone.hyperparameters,
             "adapter": adapter,

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from stlora_peft.errors import message
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of the backbone under their names before any adapter was added."""
+    """Parameters and buffers of the backbone, themselves, under their names before any adapter was added."""
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     wrappers = {
@@ -23,10 +25,20 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, module in model.named_modules()
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
     }
-    for key, value in model.state_dict().items():
+    for key, value in model.state_dict(keep_vars=True).items():
         name = _base_name(key, wrappers)
         if name is not None:
             yield name, value
+
+
+def num_base_parameters(model: nn.Module) -> int:
+    """Count the backbone's parameters without any adapter's; one that has several names counts once.
+
+    Args:
+        model: Backbone with or without adapters. What has no size yet counts as nothing.
+    """
+    tensors = {id(value): value for _, value in base_tensors(model) if isinstance(value, nn.Parameter)}
+    return sum(value.numel() for value in tensors.values() if not is_lazy(value))
 
 
 def _base_name(key: str, wrappers: dict[str, str]) -> str | None:
@@ -54,6 +66,9 @@ def fingerprint(model: nn.Module) -> str | None:
     Returns:
         SHA-256 as hexadecimal text, the same before and after adapters are added; None on the meta device.
 
+    Raises:
+        ValueError: If a lazy layer has no weights yet.
+
     Example:
         >>> layer = nn.Linear(2, 2)
         >>> fingerprint(layer) == fingerprint(nn.Linear(2, 2))
@@ -61,6 +76,15 @@ def fingerprint(model: nn.Module) -> str | None:
     """
     digest = hashlib.sha256()
     for name, value in sorted(base_tensors(model), key=lambda item: item[0]):
+        if is_lazy(value):
+            raise ValueError(
+                message(
+                    f"the backbone's tensor '{name}' has no values yet",
+                    expected="a backbone whose weights are there",
+                    got="a lazy layer, which gets its size from its first input",
+                    fix="run the backbone once, or load its weights, before adapting it",
+                )
+            )
         if value.device.type == "meta":
             return None
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
@@ -87,7 +111,7 @@ def check_fingerprint(expected: str, found: str | None, adapter_name: str) -> No
 
 
 def check_nodes(model: nn.Module, node_ids: Sequence[str]) -> None:
-    """Raise unless the active adapter was made for exactly these nodes, in this order.
+    """Raise unless the active adapter was made for exactly these nodes, in this order; a shared one fits every city.
 
     Args:
         model: PEFT model.
@@ -99,6 +123,8 @@ def check_nodes(model: nn.Module, node_ids: Sequence[str]) -> None:
     configs = getattr(model, "peft_config", {})
     active = getattr(model, "active_adapters", [])
     for name in active:
+        if not _knows_nodes(configs.get(name)):
+            continue
         known, num_nodes = (getattr(configs.get(name), field, None) for field in ("node_ids", "num_nodes"))
         difference = _difference(known, num_nodes, list(node_ids))
         if difference is None:
@@ -111,6 +137,11 @@ def check_nodes(model: nn.Module, node_ids: Sequence[str]) -> None:
                 fix="use the adapter of this city, or bring the readings into the adapter's node order",
             )
         )
+
+
+def _knows_nodes(config: Any) -> bool:
+    """Whether an adapter holds anything of single nodes; one of PEFT's own counts by what it says of itself."""
+    return getattr(config, "conditioning", None) != "shared" or bool(config.node_bound)
 
 
 def _difference(known: list[str] | None, num_nodes: int | None, given: list[str]) -> tuple[str, str] | None:

@@ -10,14 +10,13 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from stlora_peft.errors import message
 from stlora_peft.tuner.bare_layers import STLoraGates, STLoraGCLSTM
 from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
 from stlora_peft.tuner.host_layers import STLoraLinear
 from stlora_peft.tuner.hosts import HostLayer, host_class, host_names, inner_targets, registered_hosts, remember
-from stlora_peft.tuner.identity import base_tensors, check_fingerprint, fingerprint
+from stlora_peft.tuner.identity import check_fingerprint, fingerprint, num_base_parameters
 from stlora_peft.tuner.manifest import check_tensors, expected_tensors
 from stlora_peft.tuner.node_bound import NodeBoundLayer, bound_size, find_module, spec_of
 from stlora_peft.tuner.nodes import NodeTable
@@ -60,7 +59,7 @@ class PreparingTuner(BaseTuner):
         for layer, described in config.host_layers.items():
             remember(layer, HostLayer(**described))
         self._resolve_targets(config)
-        config.resolve_rank(sum(value.numel() for _, value in base_tensors(self.model) if not is_lazy(value)))
+        config.resolve_rank(num_base_parameters(self.model))
         self._resolve_predictor(config)
         self._resolve_node_bound(config)
         self._check_targets(config)
