@@ -49,21 +49,22 @@ class MovingAverage(TrainerCallback):
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self.tensors: dict[str, torch.Tensor] = {}
+        self._live: dict[str, torch.Tensor] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin with the state that training begins with, unless a checkpoint has brought an average."""
+        self._live = trainable_state(kwargs["model"])
         if not self.tensors:
-            live = trainable_state(kwargs["model"])
-            self.tensors = {name: _wide(tensor.detach()).clone() for name, tensor in live.items()}
+            self.tensors = {name: _wide(tensor.detach()).clone() for name, tensor in self._live.items()}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take in the state after a step."""
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
-        for name, tensor in trainable_state(kwargs["model"]).items():
+        for name, tensor in self._live.items():
             if tensor.is_floating_point():
                 self.tensors[name].lerp_(_wide(tensor.detach()), 1 - decay)
             else:

@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from toys import assert_same
 
-from stlora_peft.tuner.functional import core_update, delta_weight, full_conv, full_update, gate_update
+from stlora_peft.tuner.functional import (
+    Dropout,
+    core_update,
+    delta_weight,
+    dropout,
+    full_conv,
+    full_update,
+    gate_update,
+)
 
 AXES = list(itertools.permutations(range(4), 2))
 
@@ -108,3 +116,54 @@ def test_gradients_equal_finite_differences(function):
         "delta": (lambda b, a: delta_weight(b, a, 2.5), (parameter(3, 2), parameter(2, 4, 3))),
     }
     assert torch.autograd.gradcheck(*calls[function])
+
+
+# -- dropout ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.93])
+def test_dropout_zeroes_the_share_that_it_says_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.full((400, 1000), 3.0, dtype=torch.float64)
+    y = dropout(x, p, training=True)
+    deviation = (p * (1 - p) / x.numel()) ** 0.5
+    assert abs((y == 0).double().mean().item() - p) < 5 * deviation + 2**-17
+    assert (y[y != 0] - 3 / (1 - p)).abs().max() < 3 / (1 - p) ** 2 * 2**-16  # the share is rounded
+    assert abs(y.mean().item() / 3 - 1) < 5 * deviation / (1 - p)
+    both = (y[:, 1:] == 0) & (y[:, :-1] == 0)  # neighbours share a random number, not their bits
+    assert abs(both.double().mean().item() - p**2) < 5 * p / both.numel() ** 0.5 + 2**-15
+    assert ((y == 0).double().mean(0) - p).abs().max() < 6 * (p * (1 - p) / 400) ** 0.5
+
+
+def test_dropout_repeats_with_the_seed_and_differs_from_call_to_call():
+    x = torch.rand(7, 3)
+    torch.manual_seed(1)
+    first, second = dropout(x, 0.5, True), dropout(x, 0.5, True)
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x, 0.5, True), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (2, 3, 4)])
+def test_dropout_takes_every_shape_and_its_gradient_is_the_mask(shape):
+    x = torch.randn(shape, requires_grad=True)
+    y = dropout(x, 0.5, True)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert torch.equal(x.grad * x.detach(), y.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_dropout_keeps_type_and_memory_layout(dtype):
+    x = torch.rand(2, 3, 4, 5).to(dtype)
+    for view in (x.permute(0, 3, 1, 2), x[:, :, :1].expand(2, 3, 4, 5)):
+        y = dropout(view, 0.25, True)
+        assert (y.dtype, y.shape, y.stride()) == (dtype, view.shape, torch.empty_like(view).stride())
+
+
+def test_dropout_does_nothing_without_training_or_probability():
+    x = torch.rand(5)
+    assert dropout(x, 0.0, True) is x
+    assert torch.equal(dropout(x, 0.5, False), x)
+    assert torch.equal(Dropout(0.5).eval()(x), x)
+    assert not torch.equal(Dropout(0.5)(torch.ones(100)), torch.ones(100))

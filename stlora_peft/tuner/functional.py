@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def aligned(factor: Tensor, ndim: int, node: int, channel: int) -> Tensor:
@@ -145,3 +145,42 @@ def delta_weight(up: Tensor, down: Tensor, scaling: float) -> Tensor:
         Tensor of shape :math:`(F_{out}, F_{in}, *)`.
     """
     return torch.einsum("or,r...->o...", up, down) * scaling
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    r"""Zero each entry with probability :math:`p` and scale the others, so that the mean stays.
+
+    .. math:: y = \tfrac{m}{1 - p}\, x, \qquad m \sim \mathrm{Bernoulli}(1 - p)
+
+    On a CPU :math:`p` is rounded to a multiple of :math:`2^{-16}` and the mask is drawn from 16 random bits for each
+    entry, where torch draws a double: about five times faster, and otherwise the dearest step of a small layer.
+
+    Args:
+        x: Any tensor.
+        p: Probability of a zero, in [0, 1).
+        training: Whether anything is dropped.
+
+    Returns:
+        Tensor of the shape of ``x``, with the memory layout of ``x``.
+
+    Example:
+        >>> sorted(dropout(torch.ones(1000), 0.5, training=True).unique().tolist())
+        [0.0, 2.0]
+
+    References:
+        Differs from ``torch.nn.functional.dropout``: other random numbers on a CPU.
+    """
+    if not training or p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    threshold = min(round(p * 2**16), 2**16 - 1)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept = bits.as_strided(x.shape, torch.empty_like(x, device="meta").stride()) >= threshold - 2**15
+    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - threshold))
+
+
+class Dropout(nn.Dropout):
+    """torch's module of this name by way of :func:`dropout`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop entries while training."""
+        return dropout(x, self.p, self.training)

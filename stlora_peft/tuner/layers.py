@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stlora_peft.errors import message
 from stlora_peft.tuner.conditioning import FACTOR_NAMES, condition, factor_shapes, new_factor
 from stlora_peft.tuner.config import STLoraConfig
-from stlora_peft.tuner.functional import delta_weight, full_update, project
+from stlora_peft.tuner.functional import Dropout, delta_weight, full_update, project
 from stlora_peft.tuner.layout import Layout, check_layout, infer_layout, parse_layout
 from stlora_peft.tuner.nodes import AdapterModule, NodeTable, check_mergeable
 
@@ -134,7 +134,7 @@ class STLoraLayer(AdapterModule):
             self.num_nodes[adapter_name] = config.num_nodes
         if layout is not None:
             self.layout[adapter_name] = parse_layout(layout)
-        self.nall_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.nall_dropout[adapter_name] = Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         like = next((p for p in self.get_base_layer().parameters()), torch.empty(0))
         for name, shape in factor_shapes(
             config.conditioning,
