@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 STATE, AVERAGE, BEST, PROGRESS = "state.safetensors", "average.safetensors", "best.safetensors", "progress.json"
 TRAINER_STATE = "trainer_state.json"  # the Trainer writes it last: a folder without it is half-written
-_MAY_CHANGE = ("max_epochs", "max_steps", "patience", "eval_batch_size", "progress")
+_MAY_CHANGE = ("max_epochs", "max_steps", "patience", "eval_batch_size", "progress", "cache_frozen")
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:

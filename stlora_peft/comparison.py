@@ -23,7 +23,14 @@ from stlora_peft.training import TrainingOptions
 
 REFIT_STEPS = 600
 RESULTS = "results.json"
-_NOT_SHARED = ("learning_rate", "seed", "progress", "eval_batch_size")  # options that rows of one table may differ in
+# Options that the rows of one table may differ in.
+_NOT_SHARED = (
+    "learning_rate",
+    "seed",
+    "progress",
+    "eval_batch_size",
+    "cache_frozen",
+)
 
 
 def compare(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from peft import PeftModel
@@ -15,9 +15,23 @@ from stlora_peft.errors import message
 from stlora_peft.metrics import ErrorSums, Metrics
 from stlora_peft.significance import DailyErrors
 
+Replaying = Callable[[torch.Tensor], AbstractContextManager[None]]
+"""What a forward pass of the windows with these starts runs in, for instance one that has parts of it stored."""
+
+
+def no_replay(starts: torch.Tensor) -> AbstractContextManager[None]:
+    """Compute everything."""
+    return nullcontext()
+
 
 def evaluate(
-    model: nn.Module, windows: Windows, data: CityData, *, batch_size: int = 64, daily: DailyErrors | None = None
+    model: nn.Module,
+    windows: Windows,
+    data: CityData,
+    *,
+    batch_size: int = 64,
+    daily: DailyErrors | None = None,
+    replaying: Replaying = no_replay,
 ) -> Metrics:
     """Compare a model's forecasts with the truth.
 
@@ -27,6 +41,7 @@ def evaluate(
         data: The city they come from, with its scaler and its graph.
         batch_size: Windows in one forward pass.
         daily: Takes the errors in day by day as well.
+        replaying: What the forward passes run in.
 
     Returns:
         Errors in the city's units, missing truths left out.
@@ -34,7 +49,8 @@ def evaluate(
     Raises:
         ValueError: If window, horizon or channels of the data do not fit the model.
     """
-    return measure(forecast_batches(model, windows, data, batch_size=batch_size), windows.horizon, daily)
+    batches = forecast_batches(model, windows, data, batch_size=batch_size, replaying=replaying)
+    return measure(batches, windows.horizon, daily)
 
 
 def evaluate_persistence(
@@ -74,7 +90,7 @@ def measure(
 
 
 def forecast_batches(
-    model: nn.Module, windows: Windows, data: CityData, *, batch_size: int = 64
+    model: nn.Module, windows: Windows, data: CityData, *, batch_size: int = 64, replaying: Replaying = no_replay
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Forecast batch by batch, in the order of the windows, without gradients.
 
@@ -83,6 +99,7 @@ def forecast_batches(
         windows: Which windows to forecast.
         data: The city they come from, with its scaler and its graph.
         batch_size: Windows in one forward pass.
+        replaying: What the forward passes run in.
 
     Yields:
         Forecast and truth in the city's units, on the CPU.
@@ -95,7 +112,9 @@ def forecast_batches(
     """
     check_fit(model, windows)
     for batch in window_batches(windows, batch_size):
-        yield forecast(model, batch["x"], data), batch["y"]
+        with replaying(batch["start"]):
+            found = forecast(model, batch["x"], data)
+        yield found, batch["y"]
 
 
 def forecast(model: nn.Module, x: torch.Tensor, data: CityData) -> torch.Tensor:
@@ -114,7 +133,7 @@ def forecast(model: nn.Module, x: torch.Tensor, data: CityData) -> torch.Tensor:
         - **output:** ``[b t n c]`` with the horizon on ``t``
     """
     device = next((parameter.device for parameter in model.parameters()), x.device)
-    with _evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         scaled: torch.Tensor = model(x.to(device), data.edge_index.to(device), data.edge_weight.to(device))
     return data.scaler.inverse(scaled.float().cpu())
 
@@ -189,15 +208,15 @@ def window_batches(windows: Windows, batch_size: int) -> Iterator[dict[str, torc
         batch_size: Windows in one batch.
 
     Yields:
-        Batches with the keys ``x`` and ``y``.
+        Batches with the keys ``x``, ``y`` and ``start``.
     """
     for start in range(0, len(windows), batch_size):
         yield windows.__getitems__(list(range(start, min(start + batch_size, len(windows)))))
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation, and every module back to the mode it had (a frozen norm may have its own)."""
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation for a while, and every module back to the mode it had (a frozen norm may have its own)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

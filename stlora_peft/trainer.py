@@ -21,9 +21,13 @@ from stlora_peft.checkpoints import (
 )
 from stlora_peft.data import CityData
 from stlora_peft.errors import message
-from stlora_peft.evaluation import evaluate
+from stlora_peft.evaluation import Replaying, evaluate, no_replay
+from stlora_peft.frozen import FrozenActivations
 from stlora_peft.metrics import masked_mae
 from stlora_peft.training import TrainingOptions
+
+_TRACED = 3
+"""Windows that the frozen part is found with."""
 
 
 def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[str, Any]]:
@@ -94,7 +98,8 @@ class CityTrainer(Trainer):
         self._average = average
         self._best = best
         self._edges = (data.edge_index.to(self.args.device), data.edge_weight.to(self.args.device))
-        self._frozen_norms = _frozen_norms(model)
+        self._still = _frozen_norms(model)
+        self._replaying: Replaying = no_replay
         self._signature = signature(model, data, options)
 
     def run(self) -> None:
@@ -119,9 +124,35 @@ class CityTrainer(Trainer):
             return self.state.global_step >= self._options.max_steps
         return (self.state.epoch or 0) >= self._options.max_epochs
 
+    def _keep_frozen(self) -> None:
+        """Find the frozen part, whose dropout is off from here on, and compute it once for every window."""
+        validation = [] if self._options.patience is None else [self._data.val]
+        parts = [self._options.windows(self._data), *validation]
+        starts = torch.cat([part.starts for part in parts]).unique()
+        if len(starts) < _TRACED:
+            return
+        self._forecaster.train()
+        self._set_still()
+        frozen = FrozenActivations(self._forecaster, self._forecast_scaled, parts[0].inputs(_spread(starts, _TRACED)))
+        self._still += frozen.still
+        if self._options.cache_frozen:
+            frozen.fill(starts, parts[0].inputs)
+            self._replaying = frozen.replaying
+
+    def _forecast_scaled(self, x: torch.Tensor) -> torch.Tensor:
+        with self.accelerator.autocast():
+            scaled: torch.Tensor = self._forecaster(x.to(self.args.device), *self._edges)
+        return scaled
+
+    def _set_still(self) -> None:
+        """Take what is frozen out of training mode: statistics must not drift, activations not change."""
+        for module in self._still:
+            module.training = False
+
     def _guarded_train(self, checkpoint: str | None) -> None:
         """Run the Trainer's loop and take off what accelerate put around the model."""
         own_forward = "forward" in vars(self._forecaster)
+        self._keep_frozen()
         try:
             self.train(resume_from_checkpoint=checkpoint)
         finally:
@@ -137,9 +168,9 @@ class CityTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the masked MAE of a batch in the city's units."""
-        for norm in self._frozen_norms:
-            norm.eval()
-        scaled = model(inputs["x"], *self._edges)
+        self._set_still()
+        with self._replaying(inputs["start"]):
+            scaled = model(inputs["x"], *self._edges)
         forecast = self._data.scaler.inverse(scaled.float())
         loss = masked_mae(forecast, inputs["y"])
         return (loss, forecast) if return_outputs else loss
@@ -153,7 +184,13 @@ class CityTrainer(Trainer):
         """Return the masked MAE over all windows; the Trainer's own loop would average over batches."""
         windows = eval_dataset or self._data.val
         with self._average.applied(self._forecaster):
-            errors = evaluate(self._forecaster, windows, self._data, batch_size=self._options.eval_batch_size)
+            errors = evaluate(
+                self._forecaster,
+                windows,
+                self._data,
+                batch_size=self._options.eval_batch_size,
+                replaying=self._replaying,
+            )
             metrics = {f"{metric_key_prefix}_mae": errors.mae}
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -198,6 +235,11 @@ def _arguments(options: TrainingOptions, folder: Path, keep: bool) -> TrainingAr
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # DataParallel would split the edges along with the batch
     return arguments
+
+
+def _spread(starts: torch.Tensor, count: int) -> torch.Tensor:
+    """So many of the starts, evenly over all of them."""
+    return starts[torch.linspace(0, len(starts) - 1, count).long()]
 
 
 def _check_finite(tensors: dict[str, torch.Tensor], options: TrainingOptions) -> None:

@@ -41,6 +41,9 @@ class TrainingOptions:
             :math:`d_t = \min(d, \tfrac{1 + t}{10 + t})`, that is validated and kept in place of the last step; 0
             switches it off.
         seed: Seed of the order of the windows and of dropout.
+        cache_frozen: Keep what the frozen part of a model computes for each window instead of computing it at every
+            pass, see :class:`stlora_peft.frozen.FrozenActivations`. It makes no difference to the result but that of
+            rounding.
         mixed_precision: Number format of the forward pass: ``"no"`` (float32), ``"bf16"`` or ``"fp16"``.
         progress: Draw a progress bar on standard error.
 
@@ -62,6 +65,7 @@ class TrainingOptions:
     max_grad_norm: float = 5.0
     ema_decay: float = 0.98
     seed: int = 0
+    cache_frozen: bool = True
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     progress: bool = True
 

@@ -12,6 +12,9 @@ from stlora_peft.data import City, load_city, simulate_city
 
 Pair = tuple[City, City]
 
+SOURCE_DAYS, TARGET_DAYS = 14, 35
+"""Days of a simulated record. The test part, a fifth, of 35 days is one whole week, Monday to Sunday."""
+
 UNLIKE = {"arterial": 0.1, "downtown": 0.2, "residential": 0.3, "leisure": 0.4}
 """Kinds of road of a city that lives from its leisure."""
 
@@ -47,16 +50,16 @@ def _shenzhen(folder: Path) -> Pair:
     return load_city(folder / "la-loop.npz"), load_city(folder / "shenzhen-flow.npz")
 
 
-def _alike(days: float = 14, source: int = 30, target: int = 24) -> Pair:
+def _alike() -> Pair:
     return (
-        simulate_city(source, days, seed=11, character="radial"),
-        simulate_city(target, days, seed=12, character="radial"),
+        simulate_city(30, SOURCE_DAYS, seed=11, character="radial"),
+        simulate_city(24, TARGET_DAYS, seed=12, character="radial"),
     )
 
 
-def _unlike(days: float = 14, source: int = 30, target: int = 24) -> Pair:
+def _unlike(days: float = TARGET_DAYS, source: int = 30, target: int = 24) -> Pair:
     return (
-        simulate_city(source, days, seed=13, character="radial"),
+        simulate_city(source, min(days, SOURCE_DAYS), seed=13, character="radial"),
         simulate_city(target, days, seed=14, character="grid", mix=UNLIKE),
     )
 
@@ -77,8 +80,11 @@ SETTINGS = {
     "unlike": Setting(
         "simulated, unlike in graph and roads: radial to grid with much leisure", lambda folder: _unlike()
     ),
+    "weekend": Setting(
+        "the same, only the weekend after 14 days is forecast, working days are given", lambda folder: _unlike(14)
+    ),
 }
 """Settings of the comparison by name."""
 
-QUICK = {"quick": Setting("simulated, small: radial to grid", lambda folder: _unlike(days=10, source=12, target=10))}
+QUICK = {"quick": Setting("simulated, small: radial to grid", lambda folder: _unlike(10, source=12, target=10))}
 """The one of ``--quick``."""

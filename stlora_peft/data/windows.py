@@ -93,11 +93,11 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
             indices: Numbers of the windows.
 
         Returns:
-            ``x`` of shape ``[b t n c]`` and ``y`` of shape ``[b t n c]``.
+            ``x`` of shape ``[b t n c]``, ``y`` of shape ``[b t n c]`` and ``start``, their first steps.
         """
         starts = self.starts[torch.as_tensor(indices, dtype=torch.long)]
         steps = starts[:, None] + self.window + torch.arange(self.horizon)
-        return {"x": self.inputs(starts), "y": self.targets[steps]}
+        return {"x": self.inputs(starts), "y": self.targets[steps], "start": starts}
 
     def inputs(self, starts: torch.Tensor) -> torch.Tensor:
         """Gather input windows that start at any step, also where the steps to forecast are not known yet.

@@ -41,7 +41,13 @@ SMALL_SIZES: Mapping[str, Mapping[str, int]] = {
     },
 }
 """Narrow networks, for a first look."""
-_NOT_SHARED = ("seed", "progress", "eval_batch_size")  # options that the rows of one table may differ in
+# Options that the rows of one table may differ in.
+_NOT_SHARED = (
+    "seed",
+    "progress",
+    "eval_batch_size",
+    "cache_frozen",
+)
 
 
 @dataclass(frozen=True)
