@@ -183,8 +183,9 @@ def predictor_correction(
     scale: float,
     num_layers: int,
     emb: Tensor | None = None,
+    history_channels: int = 1,
 ) -> Tensor:
-    """H_0 = W [X, Y] + b; H_l = H_(l-1) + NALL_l(s(H_(l-1))); dY = NALL_out(s(H_L)), node by node."""
+    """H_0 = W [X, c, Y] + b; H_l = H_(l-1) + NALL_l(s(H_(l-1))); dY = NALL_out(s(H_L)), node by node."""
 
     def activation(h: Tensor, name: str) -> Tensor:
         h = h / (h.square().mean() + torch.finfo(h.dtype).eps).sqrt() * weights[f"norm_{name}"]
@@ -200,7 +201,8 @@ def predictor_correction(
     out = torch.empty_like(forecast)
     for b in range(window.shape[0]):
         for n in range(window.shape[2]):
-            z = torch.cat([window[b, :, n].flatten(), forecast[b, :, n].flatten()])
+            past, last = window[b, :, n, :history_channels], window[b, -1, n, history_channels:]
+            z = torch.cat([past.flatten(), last, forecast[b, :, n].flatten()])
             h = weights["weight_in"] @ z + weights["bias_in"]
             for layer in range(num_layers):
                 h = h + nall(activation(h, str(layer)), str(layer), n)

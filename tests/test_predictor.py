@@ -71,7 +71,7 @@ def parts(model: nn.Module) -> tuple[dict[str, Tensor], Tensor | None]:
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @pytest.mark.parametrize("layouts", [("b t n c", "b t n c"), ("b n c t", "b c t n")])
-@pytest.mark.parametrize("options", [{}, {"r": 3, "num_layers": 1}])
+@pytest.mark.parametrize("options", [{}, {"r": 3, "num_layers": 1}, {"history_channels": 1}, {"history_channels": 9}])
 def test_correction_and_gradients_match_per_node_loop(options, layouts, conditioning):
     sizes = {"input_layout": layouts[0], "output_layout": layouts[1]} | options
     node_layout = {"lin": "b t n c"}
@@ -87,9 +87,9 @@ def test_correction_and_gradients_match_per_node_loop(options, layouts, conditio
     theirs, their_x = leaves(weights), window()
     vectors = None if emb is None else emb.detach().clone().requires_grad_()
     scale = reference.scale_of(ALPHA, options.get("r", R))
-    layers = options.get("num_layers", 2)
+    layers, history = options.get("num_layers", 2), min(options.get("history_channels", C_OUT), C_IN)
     expected = forecast + reference.predictor_correction(
-        their_x, forecast, theirs, conditioning, scale, layers, vectors
+        their_x, forecast, theirs, conditioning, scale, layers, vectors, history
     )
     assert_same(found, expected)
     assert (found - forecast).abs().max() > 0.1
@@ -114,7 +114,7 @@ def test_forecast_is_backbone_plus_correction(conditioning):
             if name.endswith("lin.nall_B.default"):
                 parameter.zero_()
         forecast = backbone(x)
-        correction = reference.predictor_correction(x, forecast, weights, conditioning, ALPHA / R, 2, emb)
+        correction = reference.predictor_correction(x, forecast, weights, conditioning, ALPHA / R, 2, emb, C_OUT)
         assert_same(model(x), forecast + correction)
         with model.disable_adapter():
             assert torch.equal(model(x), forecast)
@@ -133,7 +133,7 @@ def test_correction_starts_as_exactly_zero_and_learns(conditioning):
 
 def test_parameter_count_equals_the_formula():
     model = get_peft_model(Line(), config())
-    inputs, outputs = T * C_IN + H * C_OUT, H * C_OUT
+    inputs, outputs = T * C_OUT + (C_IN - C_OUT) + H * C_OUT, H * C_OUT
 
     def layer(width: int) -> int:
         shapes = factor_shapes("gate", r=R, num_nodes=N, in_shape=(WIDTH,), out_features=width, emb_size=0)

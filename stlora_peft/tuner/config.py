@@ -38,6 +38,9 @@ class PredictorConfig:
         horizon: Forecast steps :math:`H`.
         in_channels: Input channels.
         out_channels: Forecast channels.
+        history_channels: The first so many input channels are read at every step of the window. Of the others, such as
+            time encodings, the predictor reads the last step: with the whole course of the clock it learns a daily
+            course by heart from a few days. None takes ``out_channels``, or ``in_channels`` where there are fewer.
 
     Raises:
         ValueError: If a number is out of range or a layout is not an order of ``b t n c``.
@@ -53,12 +56,13 @@ class PredictorConfig:
     horizon: int | None = None
     in_channels: int | None = None
     out_channels: int | None = None
+    history_channels: int | None = None
 
     def __post_init__(self) -> None:
         """Check every range."""
         for name in ("width", "num_layers"):
             check_at_least_one(f"PredictorConfig.{name}", getattr(self, name))
-        for name in ("r", "window", "horizon", "in_channels", "out_channels"):
+        for name in ("r", "window", "horizon", "in_channels", "out_channels", "history_channels"):
             check_at_least_one(f"PredictorConfig.{name}", getattr(self, name), optional=True)
         if self.dropout is not None:
             check_probability("PredictorConfig.dropout", self.dropout)

@@ -25,11 +25,12 @@ class NodePredictor(nn.Module):
     r"""Node-adaptive residual network from window and forecast to a correction of the forecast.
 
     .. math::
-        H_0 = W_{in} [X, \hat Y] + b_{in}, \qquad
+        H_0 = W_{in} [X, c, \hat Y] + b_{in}, \qquad
         H_l = H_{l-1} + \mathrm{NALL}_l(\sigma(H_{l-1})), \qquad
         \Delta Y = \mathrm{NALL}_{out}(\sigma(H_L))
 
-    with :math:`\mathrm{NALL}(h)_i = W h_i + b + \tfrac{\alpha}{r} B A_i h_i` and :math:`\sigma` = RMSNorm,
+    with the first ``history_channels`` channels :math:`X` of the window, the last step :math:`c` of the others, and
+    :math:`\mathrm{NALL}(h)_i = W h_i + b + \tfrac{\alpha}{r} B A_i h_i` and :math:`\sigma` = RMSNorm,
     LeakyReLU(0.1), dropout. :math:`W_{out}`, :math:`b_{out}` and every :math:`B` start at zero, so the
     correction starts as exactly zero.
 
@@ -54,7 +55,10 @@ class NodePredictor(nn.Module):
         self.dropout = config.lora_dropout if predictor.dropout is None else predictor.dropout
         self.scaling = config.scaling(self.r, config.lora_alpha)
         outputs = required_size(predictor, "horizon") * required_size(predictor, "out_channels")
-        inputs = required_size(predictor, "window") * required_size(predictor, "in_channels") + outputs
+        channels = required_size(predictor, "in_channels")
+        self.history_channels = min(predictor.history_channels or required_size(predictor, "out_channels"), channels)
+        history = required_size(predictor, "window") * self.history_channels
+        inputs = history + channels - self.history_channels + outputs
         self._linear("in", inputs, predictor.width, like)
         for layer in range(predictor.num_layers):
             self._node_layer(str(layer), predictor.width, like)
@@ -134,8 +138,10 @@ class NodePredictor(nn.Module):
     def _hidden(self, window: Tensor, forecast: Tensor, embedding: Callable[[], Tensor] | None) -> Tensor:
         """Compute the last hidden state, ``[b n d]``."""
         weight = self._tensor("weight_in")
+        steps = rearrange(window, f"{self.predictor.input_layout} -> b n t c")
         rows = [
-            rearrange(window, f"{self.predictor.input_layout} -> b n (t c)"),
+            steps[..., : self.history_channels].flatten(2),
+            steps[:, :, -1, self.history_channels :],
             rearrange(forecast, f"{self.predictor.output_layout} -> b n (t c)"),
         ]
         h = F.linear(torch.cat([row.to(weight.dtype) for row in rows], dim=-1), weight, self._tensor("bias_in"))
