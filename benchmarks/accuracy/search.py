@@ -33,6 +33,7 @@ from stlora_peft.data import City, CityData, Windows, adaptation_split, prepare 
 from stlora_peft.evaluation import evaluate  # noqa: E402
 from stlora_peft.files import read_json, write_json  # noqa: E402
 from stlora_peft.reports import environment, source_commit  # noqa: E402
+from stlora_peft.significance import DailyErrors  # noqa: E402
 from stlora_peft.storage import SavedBackbone  # noqa: E402
 from stlora_peft.training import TrainingOptions, train  # noqa: E402
 
@@ -123,25 +124,29 @@ def measure(job: Job, saved: SavedBackbone, source: City, target: City, steps: S
     torch.manual_seed(job.seed)
     model = arm.build(saved, data, source)
     mae = {"0": round(evaluate(model, data.test, data).mae, 4)}
-    if arm.trained:
-        mae |= trained(model, data, arm, job, steps)
+    found = trained(model, data, arm, job, steps) if arm.trained else {}
     return {
         **dict(zip(KEY, job.key, strict=True)),
-        "mae": mae,
+        "mae": mae | {step: round(sum(daily.sums) / sum(daily.counts), 4) for step, daily in found.items()},
+        "daily": {step: daily.to_list() for step, daily in list(found.items())[-1:]},
         "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "seconds": round(time.perf_counter() - began, 1),
         "commit": source_commit() or "none",
     }
 
 
-def trained(model: torch.nn.Module, data: CityData, arm: Arm, job: Job, steps: Sequence[int]) -> dict[str, float]:
+def trained(
+    model: torch.nn.Module, data: CityData, arm: Arm, job: Job, steps: Sequence[int]
+) -> dict[str, DailyErrors]:
     """Errors on the development part, by the number of steps or of the state that early stopping kept."""
     if job.training == "all":
         found = fit(model, data, steps, job.rate, job.seed, node_rate=arm.node_rate, weight_decay=arm.weight_decay)
-        return {str(step): round(mae, 4) for step, mae in found.items()}
+        return {str(step): daily for step, daily in found.items()}
     result = train(model, data, replace(EARLY_STOPPING, learning_rate=job.rate, seed=job.seed))
     print(f"best of {result.epochs} epochs is {result.best_epoch}")
-    return {"best": round(evaluate(model, data.test, data).mae, 4)}
+    daily = DailyErrors(data.test, data.city.steps_per_day)
+    evaluate(model, data.test, data, daily=daily)
+    return {"best": daily}
 
 
 def development(target: City, saved: SavedBackbone, days: float) -> CityData:

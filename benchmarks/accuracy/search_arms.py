@@ -15,6 +15,7 @@ from stlora_peft.data import City, CityData
 from stlora_peft.evaluation import evaluate
 from stlora_peft.methods import METHODS, build_adapter, calibrated
 from stlora_peft.metrics import masked_mae
+from stlora_peft.significance import DailyErrors
 from stlora_peft.storage import SavedBackbone
 from stlora_peft.tuner.config import PredictorConfig
 
@@ -23,8 +24,12 @@ BATCH, LONGEST_GRADIENT, DECAY = 32, 5.0, 0.98
 Build = Callable[[SavedBackbone, CityData, City], nn.Module]
 """Makes a model of a backbone, the target's data and the source."""
 
-PRESENT = "embedding"
-"""The arm that has the settings of today's ``STLoraConfig`` on a backbone of less than 250,000 parameters."""
+PRESENT, BEFORE = "clock-last", "embedding"
+"""The arm that has the settings of today's ``STLoraConfig`` on a backbone of less than 250,000 parameters, and the one
+that the others change."""
+
+ALL = 100
+"""More channels than a city has."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ def settings(
     width: int | None = 64,
     predictor_dropout: float | None = None,
     emb_size: int = 16,
+    history_channels: int | None = ALL,
     frozen: bool = True,
     layers: bool = True,
 ) -> dict[str, Any]:
@@ -68,6 +74,7 @@ def settings(
         width: Width of the predictor; None leaves it out.
         predictor_dropout: Dropout in the predictor; None takes that of the layers.
         emb_size: Width of the node vectors.
+        history_channels: Channels that the predictor reads at every step; None takes the readings alone.
         frozen: Whether the backbone is frozen.
         layers: Adapt the layers that the backbone names; otherwise there is only the predictor.
 
@@ -76,7 +83,8 @@ def settings(
         True
     """
     dropouts = dropout if predictor_dropout is None else predictor_dropout
-    predictor = None if width is None else PredictorConfig(width=width, num_layers=2, r=rank, dropout=dropouts)
+    sizes = {"width": width, "num_layers": 2, "r": rank, "dropout": dropouts, "history_channels": history_channels}
+    predictor = None if width is None else PredictorConfig(**sizes)
     return {
         "conditioning": conditioning,
         "r": rank,
@@ -140,7 +148,10 @@ ARMS: dict[str, Arm] = {
         "every parameter, and a vector of each node behind every layer, width 32, no dropout",
         _adapter("bias", width=None, frozen=False, **WIDE),
     ),
-    PRESENT: Arm("**the present default**: embedding, rank 8, dropout 0.1, predictor of width 64", _adapter()),
+    BEFORE: Arm(
+        "embedding, rank 8, dropout 0.1, predictor of width 64 that reads the clock at every step", _adapter()
+    ),
+    PRESENT: Arm("**the present default**: the clock at the last step alone", _adapter(history_channels=None)),
     "gate": Arm("gates in place of vectors", _adapter("gate")),
     "gate-dropout0": Arm("gates, no dropout: the default before", _adapter("gate", **ZERO)),
     "gate-dropout0-width16": Arm("the same, predictor of width 16", _adapter("gate", width=16, **ZERO)),
@@ -173,7 +184,7 @@ ARMS: dict[str, Arm] = {
     "calibrated": Arm("starts from a calibrated forecast", _calibrated(_adapter())),
     "zero-shot": Arm("the backbone as it is, with the target's scaler", _method("zero-shot"), trained=False),
     "reestimated": Arm("the same, normalised by the target's own statistics", _reestimated, trained=False),
-    "zero-shot+": Arm("the present default, its predictor fitted in closed form", _closed_form, trained=False),
+    "zero-shot+": Arm("`embedding`, its predictor fitted in closed form", _closed_form, trained=False),
     "calibration-city": Arm("the same, calibrated for the city", _calibrated(_reestimated, None), trained=False),
     "calibration-node": Arm("the same, for each node", _calibrated(_reestimated), trained=False),
     "window-city": Arm("a linear map of the window and the forecast, for the city", _window(None), trained=False),
@@ -191,7 +202,7 @@ def fit(
     *,
     node_rate: float = 1.0,
     weight_decay: float = 0.0,
-) -> dict[int, float]:
+) -> dict[int, DailyErrors]:
     """Train a model in place and measure the average of its steps on the way, which changes nothing in what follows.
 
     Args:
@@ -204,7 +215,7 @@ def fit(
         weight_decay: Decoupled weight decay of the matrices.
 
     Returns:
-        MAE by number of steps.
+        Errors of every day, by number of steps.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(_groups(model, rate, node_rate, weight_decay), lr=rate)
@@ -213,7 +224,7 @@ def fit(
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     frozen = [norm for norm in norms if norm.weight is not None and not norm.weight.requires_grad]
     batches = _batches(len(data.train), seed)
-    found: dict[int, float] = {}
+    found: dict[int, DailyErrors] = {}
     for step in range(1, max(steps) + 1):
         model.train()
         for norm in frozen:
@@ -229,7 +240,8 @@ def fit(
         _take_in(average, live, min(DECAY, (1 + step) / (10 + step)))
         if step in steps:
             with _swapped(live, average):
-                found[step] = evaluate(model, data.test, data).mae
+                found[step] = DailyErrors(data.test, data.city.steps_per_day)
+                evaluate(model, data.test, data, daily=found[step])
     return found
 
 
