@@ -127,7 +127,7 @@ def measure(job: Job, saved: SavedBackbone, source: City, target: City, steps: S
     found = trained(model, data, arm, job, steps) if arm.trained else {}
     return {
         **dict(zip(KEY, job.key, strict=True)),
-        "mae": mae | {step: round(sum(daily.sums) / sum(daily.counts), 4) for step, daily in found.items()},
+        "mae": mae | {step: round(float(daily.sums.sum() / daily.counts.sum()), 4) for step, daily in found.items()},
         "daily": {step: daily.to_list() for step, daily in list(found.items())[-1:]},
         "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "seconds": round(time.perf_counter() - began, 1),
