@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest test-peft lint format accuracy benchmark clean distclean
+.PHONY: help install demo test test-oldest test-peft lint format accuracy bench clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -48,8 +48,8 @@ format: $(STAMP) ## Mend what ruff can mend
 accuracy: $(STAMP) ## Compare every method on every pair of cities (a small one in minutes: make accuracy ARGS=--quick)
 	$(BIN)/python benchmarks/accuracy/run.py $(ARGS)
 
-benchmark: $(STAMP) ## Run every benchmarks/*/run.py but the accuracy, which takes days
-	set -e; for script in $(filter-out benchmarks/accuracy/run.py,$(wildcard benchmarks/*/run.py)); do $(BIN)/python $$script $(ARGS); done
+bench: $(STAMP) ## Run the speed benchmarks and compare their ratios with the committed ones
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 clean: ## Remove results and caches
 	rm -rf build demo dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

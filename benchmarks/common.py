@@ -36,8 +36,17 @@ def environment(options: argparse.Namespace, packages: Sequence[str]) -> dict[st
         "repeats": options.repeats,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "processor": processor(),
         "packages": {name: version(name) for name in packages},
     }
+
+
+def processor() -> str:
+    """Name of the processor, as far as the system says it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def footer(about: dict[str, Any]) -> str:
@@ -45,13 +54,29 @@ def footer(about: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in about["packages"].items())
     return (
         f"{about['threads']} thread(s), {about['repeats']} repeats in turns, commit {about['commit']}, "
-        f"Python {about['python']} on {about['machine']}, {packages}."
+        f"Python {about['python']} on {about['processor']}, {packages}."
     )
 
 
-def write_results(folder: Path, rows: list[dict[str, Any]], about: dict[str, Any], text: str) -> None:
-    """Write ``results.json`` and ``results.md``, and show the table."""
-    write_json(folder / "results.json", {"environment": about, "rows": rows})
+def write_results(
+    folder: Path,
+    rows: list[dict[str, Any]],
+    about: dict[str, Any],
+    text: str,
+    *,
+    ratios: list[dict[str, Any]] | None = None,
+) -> None:
+    """Write ``results.json`` and ``results.md``, and show the table.
+
+    Args:
+        folder: Where to.
+        rows: What was measured.
+        about: What it depends on.
+        text: The table.
+        ratios: What ``make bench`` keeps of it, where that is not the rows themselves.
+    """
+    extra = {} if ratios is None else {"ratios": ratios}
+    write_json(folder / "results.json", {"environment": about, "rows": rows} | extra)
     with atomic_write(folder / "results.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(text)
