@@ -3,7 +3,7 @@
 Run:       python examples/01_your_own_model.py
 Expected:  untrained adapter changes nothing: True
            trainable params: 3,824 || all params: 5,555 || trainable%: 68.8389
-           loss 0.53 -> 0.02
+           loss 0.53 -> 0.03
            backbone unchanged: True
 """
 
