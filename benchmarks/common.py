@@ -49,11 +49,11 @@ def processor() -> str:
     return next(names, "") or platform.processor() or platform.machine()
 
 
-def footer(about: dict[str, Any]) -> str:
+def footer(about: dict[str, Any], how: str = "repeats in turns") -> str:
     """The environment in one line."""
     packages = ", ".join(f"{name} {number}" for name, number in about["packages"].items())
     return (
-        f"{about['threads']} thread(s), {about['repeats']} repeats in turns, commit {about['commit']}, "
+        f"{about['threads']} thread(s), {about['repeats']} {how}, commit {about['commit']}, "
         f"Python {about['python']} on {about['processor']}, {packages}."
     )
 

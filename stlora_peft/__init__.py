@@ -5,6 +5,7 @@ Importing this package registers the adapter type ``STLORA`` with PEFT.
 
 from importlib.metadata import PackageNotFoundError, version
 
+from stlora_peft.serving import MultiCity
 from stlora_peft.tuner.calibration import calibrate
 from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
 from stlora_peft.tuner.hosts import register_host_layer
@@ -23,6 +24,7 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 __all__ = [
     "BackboneSpec",
+    "MultiCity",
     "PredictorConfig",
     "STLoraConfig",
     "STLoraModel",

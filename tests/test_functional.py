@@ -118,6 +118,20 @@ def test_gradients_equal_finite_differences(function):
     assert torch.autograd.gradcheck(*calls[function])
 
 
+@pytest.mark.parametrize("kernel", [(3,), (2, 1), (1, 3)])
+def test_products_with_a_matrix_for_several_neighbours_equal_those_with_one_for_each(kernel):
+    x = torch.randn(2, 6, 4, *[7] * len(kernel), dtype=torch.float64)  # [b n c *]
+    weight = torch.randn(3, 5, 4, *kernel, dtype=torch.float64)
+    stride, dilation = [2, 1][: len(kernel)], [2, 2][: len(kernel)]
+    for node, channel in ((1, 2), (2, 1), (0, 1)):
+        view = x.movedim((1, 2), (node, channel))
+        each = full_conv(view, weight.repeat_interleave(2, 0), node, channel, stride, dilation)
+        assert_same(full_conv(view, weight, node, channel, stride, dilation), each)
+    matrix = weight.flatten(2)[..., :4]
+    each = full_update(x, matrix.repeat_interleave(2, 0), 1, 2)
+    assert_same(full_update(x, matrix, 1, 2), each)
+
+
 # -- dropout ------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -180,10 +181,27 @@ def input_series(city: City, scaler: Scaler, window: int, time_features: TimeFea
     Shapes:
         - **output:** :math:`(T, N, C_{in})`
     """
-    readings = carry_forward(torch.from_numpy(city.values), window - 1)
     clock = time_encoding(city.num_steps, city.interval_minutes, city.start, time_features)
-    scaled = scaler.transform(readings).nan_to_num(nan=0.0)
-    return torch.cat([scaled, clock[:, None].expand(-1, city.num_nodes, -1)], dim=2)
+    return model_input(torch.from_numpy(city.values), scaler.transform, window, clock[:, None])
+
+
+def model_input(
+    readings: torch.Tensor, scale: Callable[[torch.Tensor], torch.Tensor], window: int, clock: torch.Tensor
+) -> torch.Tensor:
+    """Fill gaps, scale, and add the encodings of the time; see :func:`input_series`.
+
+    Args:
+        readings: Readings in the city's unit, NaN where missing.
+        scale: Scales readings.
+        window: Input steps of the model.
+        clock: Encodings of the time of each step, the same for all nodes or for each of them.
+
+    Shapes:
+        - **readings:** :math:`(T, N, C)`; **clock:** :math:`(T, 1, C')` or :math:`(T, N, C')`
+        - **output:** :math:`(T, N, C + C')`
+    """
+    scaled = scale(carry_forward(readings, window - 1)).nan_to_num(nan=0.0)
+    return torch.cat([scaled, clock.expand(-1, readings.shape[1], -1)], dim=2)
 
 
 def prepare(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +89,8 @@ def full_update(x: Tensor, weight: Tensor, node: int, channel: int) -> Tensor:
 
     Args:
         x: Input, :math:`N` on axis ``node`` and :math:`F_{in}` on axis ``channel``.
-        weight: Matrices :math:`A`, shape :math:`(N, r, F_{in})`.
+        weight: Matrices :math:`A`, shape :math:`(N, r, F_{in})`; fewer than :math:`N` of them, a divisor of it, serve
+            as many neighbouring nodes each.
         node: Index of the node axis of ``x``.
         channel: Index of the channel axis of ``x``.
 
@@ -100,9 +103,10 @@ def full_update(x: Tensor, weight: Tensor, node: int, channel: int) -> Tensor:
 def _nodewise(x: Tensor, weight: Tensor, node: int, channel: int) -> Tensor:
     """One matrix product for each node: (..., N, i) x (N, o, i) -> (..., N, o), axes kept in place."""
     rows = x.movedim((node, channel), (0, -1))  # [n * c]
-    num_nodes, *free, width = rows.shape
-    out = torch.bmm(rows.reshape(num_nodes, math.prod(free), width), weight.mT)
-    return out.reshape(num_nodes, *free, out.shape[-1]).movedim((0, -1), (node, channel))
+    *free, width = rows.shape
+    matrices = weight.shape[0]
+    out = torch.bmm(rows.reshape(matrices, math.prod(free) // matrices, width), weight.mT)
+    return out.reshape(*free, out.shape[-1]).movedim((0, -1), (node, channel))
 
 
 def full_conv(
@@ -114,7 +118,8 @@ def full_conv(
 
     Args:
         x: Input with axes for nodes, channels, any batch axes and, last, one or two that the kernel runs along.
-        weight: Kernels :math:`A`, shape :math:`(N, r, F_{in}, *K)`.
+        weight: Kernels :math:`A`, shape :math:`(N, r, F_{in}, *K)`; or a divisor of :math:`N`, as in
+            :func:`full_update`.
         node: Index of the node axis of ``x``.
         channel: Index of the channel axis of ``x``.
         stride: Step :math:`s` along each axis of the kernel.
@@ -124,6 +129,8 @@ def full_conv(
         Tensor with the axes of ``x``, :math:`r` on axis ``channel``.
     """
     num_nodes, rank, in_features, *kernel = weight.shape
+    if num_nodes < x.shape[node]:
+        return _tiled_conv(x, weight, node, channel, stride, dilation)
     moved = (-len(kernel) - 2, -len(kernel) - 1)
     rows = x.movedim((node, channel), moved)  # [... n c *]
     batch, steps = rows.shape[: moved[0]], rows.shape[-len(kernel) :]
@@ -131,6 +138,32 @@ def full_conv(
     conv = F.conv1d if len(kernel) == 1 else F.conv2d
     out = conv(rows, weight.flatten(0, 1), None, tuple(stride), 0, tuple(dilation), groups=num_nodes)
     return out.reshape(*batch, num_nodes, rank, *out.shape[2:]).movedim(moved, (node, channel))
+
+
+def _tiled_conv(
+    x: Tensor, weight: Tensor, node: int, channel: int, stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """:func:`full_conv` with kernels of neighbouring nodes: all taps in one product, then their sum over time."""
+    matrices, rank, in_features, *kernel = weight.shape
+    taps = weight.flatten(3).movedim(3, 1).reshape(matrices, -1, in_features)  # [g (k r) c]
+    u = _nodewise(x, taps, node, channel).movedim((node, channel), (0, -1))
+    u = u.unflatten(-1, (-1, rank))  # [n ... *steps k r]
+    steps = u.shape[-2 - len(kernel) : -2]
+    lengths = [
+        (size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(steps, kernel, stride, dilation, strict=True)
+    ]
+    out = None
+    for tap, offsets in enumerate(product(*map(range, kernel))):
+        seen = u[..., tap, :]
+        for axis, (offset, length, s, d) in enumerate(zip(offsets, lengths, stride, dilation, strict=True)):
+            seen = _every(seen, seen.ndim - 1 - len(kernel) + axis, offset * d, length, s)
+        out = seen if out is None else out + seen
+    return cast(Tensor, out).movedim((0, -1), (node, channel))
+
+
+def _every(x: Tensor, axis: int, first: int, length: int, step: int) -> Tensor:
+    """Entries ``first``, ``first + step``, ... of an axis, ``length`` of them."""
+    return x.narrow(axis, first, (length - 1) * step + 1)[(slice(None),) * axis + (slice(None, None, step),)]
 
 
 def delta_weight(up: Tensor, down: Tensor, scaling: float) -> Tensor:

@@ -62,6 +62,7 @@ class STLoraLayer(AdapterModule):
         self.layout: dict[str, Layout] = {}
         self.node_table: dict[str, NodeTable] = {}
         self.ran_with: list[str] = []  # the adapters that were active when it was last called
+        self.stack: Any = None  # updates of many cities side by side, in place of the adapters'
 
     # -- what a kind of layer says about itself ---------------------------------------------------------
 
@@ -189,8 +190,7 @@ class STLoraLayer(AdapterModule):
 
     def _checked_layout(self, z: Tensor, adapter_name: str) -> Layout:
         where = f"stlora adapter '{adapter_name}' on '{self.name}'"
-        num_nodes = self.num_nodes[adapter_name]
-        channel, axes = self.channel(z.ndim), self.node_axes(z.ndim)
+        num_nodes, channel, axes = self.num_nodes[adapter_name], self.channel(z.ndim), self.node_axes(z.ndim)
         if adapter_name not in self.layout:
             self.layout[adapter_name] = infer_layout(z.shape, num_nodes, channel, axes, where)
         layout = self.layout[adapter_name]
@@ -208,6 +208,8 @@ class STLoraLayer(AdapterModule):
 
     def _active_updates(self, z: Tensor) -> Tensor | None:
         """Sum of the updates of the active adapters that this layer has, or None."""
+        if self.stack is not None:
+            return cast(Tensor, self.stack(self, z))
         self.ran_with = self.active_adapters
         total: Tensor | None = None
         for name in self.active_adapters:
@@ -218,12 +220,10 @@ class STLoraLayer(AdapterModule):
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Run the wrapped layer and add the updates of the active adapters."""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         out = cast(Tensor, self.base_layer(x, *args, **kwargs))
-        if self.merged:
+        if self.disable_adapters or self.merged:
             return out
         update = self._active_updates(self._root(x))
         return out if update is None else self._sum(out, update)
@@ -239,9 +239,9 @@ class STLoraLayer(AdapterModule):
         if self.conditioning.get(adapter_name, "shared") != "shared":
             form = self.conditioning[adapter_name]
             return f"its update depends on the node (conditioning='{form}'): one weight cannot hold N of them"
-        return (
-            None if self.mergeable else f"{type(self.get_base_layer()).__name__} has no weight that equals the update"
-        )
+        if self.mergeable:
+            return None
+        return f"{type(self.get_base_layer()).__name__} has no weight that equals the update"
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Dense update of a shared adapter, in the shape of the weight that it is merged into."""

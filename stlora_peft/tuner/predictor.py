@@ -108,13 +108,17 @@ class NodePredictor(nn.Module):
         """Node-adaptive low-rank layer on rows ``[b n d]``."""
         h = self._activated(h, name)
         factors = {key: self._tensor(f"{key}_{name}") for key in self.factor_names}
-        if self.config.conditioning == "full":
-            u = full_update(h, factors["A"], 1, 2)
-        else:
-            u = project(h, factors["A"]) if "A" in factors else h.new_zeros(*h.shape[:-1], self.r)
-            u = condition(u, factors, embedding, 1, 2)
-        out = F.linear(h, self._tensor(f"weight_{name}"), self._tensor(f"bias_{name}"))
-        return out + project(u, factors["B"] * self.scaling)
+        u = self._product(h, factors["A"]) if "A" in factors else h.new_zeros(*h.shape[:-1], self.r)
+        u = condition(u, factors, embedding, 1, 2)
+        return self._affine(h, name) + self._product(u, factors["B"] * self.scaling)
+
+    def _product(self, h: Tensor, matrix: Tensor) -> Tensor:
+        """Product with one matrix for all nodes, or with each node's own."""
+        return full_update(h, matrix, 1, 2) if matrix.ndim == 3 else project(h, matrix)
+
+    def _affine(self, h: Tensor, name: str) -> Tensor:
+        """Linear layer that all nodes share."""
+        return F.linear(h, self._tensor(f"weight_{name}"), self._tensor(f"bias_{name}"))
 
     def forward(self, window: Tensor, forecast: Tensor, embedding: Callable[[], Tensor] | None = None) -> Tensor:
         """Compute the correction.
@@ -137,14 +141,14 @@ class NodePredictor(nn.Module):
 
     def _hidden(self, window: Tensor, forecast: Tensor, embedding: Callable[[], Tensor] | None) -> Tensor:
         """Compute the last hidden state, ``[b n d]``."""
-        weight = self._tensor("weight_in")
+        dtype = cast(Tensor, self.weight_in).dtype
         steps = rearrange(window, f"{self.predictor.input_layout} -> b n t c")
         rows = [
             steps[..., : self.history_channels].flatten(2),
             steps[:, :, -1, self.history_channels :],
             rearrange(forecast, f"{self.predictor.output_layout} -> b n (t c)"),
         ]
-        h = F.linear(torch.cat([row.to(weight.dtype) for row in rows], dim=-1), weight, self._tensor("bias_in"))
+        h = self._affine(torch.cat([row.to(dtype) for row in rows], dim=-1), "in")
         for layer in range(self.predictor.num_layers):
             h = h + self._nall(h, str(layer), embedding)
         return h

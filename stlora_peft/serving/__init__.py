@@ -1,0 +1,5 @@
+"""Forecasts of many cities at once, on one backbone."""
+
+from stlora_peft.serving.cities import CityReport, MultiCity
+
+__all__ = ["CityReport", "MultiCity"]
