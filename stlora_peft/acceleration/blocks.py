@@ -37,6 +37,7 @@ class FastSTConv(Fast, stconv.STConv):
     """``STConv`` as :class:`stlora_peft.backbones.stconv.STConv` computes it: one call over batch and time."""
 
     plain = tgt.load().nn.STConv
+    is_cell = True
 
     def forward(self, X: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None) -> Tensor:
         """Run the block over all samples and steps."""
@@ -53,6 +54,7 @@ class FastMSTGCNBlock(Fast, _MSTGCNBlock):
     """
 
     plain = _MSTGCNBlock
+    is_cell = True
 
     def forward(self, X: Tensor, edge_index: Any) -> Tensor:
         """Run the block, ``[b n c t]``."""
@@ -89,7 +91,7 @@ class FastChebConvAttention(Fast, _ChebConvAttention):
     def knows(self, x: Any, *graph: Any) -> bool:
         """Whether matrices can stand for these edges."""
         eigenvalue = graph[-1] is not None or self._normalization == "sym"
-        return eigenvalue and one_graph(x, *graph) and ordinary(self) and not torch.compiler.is_compiling()
+        return eigenvalue and one_graph(x, *graph) and ordinary(self)
 
     def convolve(self, x: Tensor, attention: Tensor, *graph: Any) -> Tensor:
         """Convolve all steps of ``x``, ``[b n c t]``, to ``[b n t c]``."""
@@ -129,6 +131,7 @@ class FastASTGCNBlock(Fast, _ASTGCNBlock):
     """``ASTGCNBlock``, given one graph for all steps: one convolution, and the eigenvalue of the graph once."""
 
     plain = _ASTGCNBlock
+    is_cell = True
 
     def forward(self, X: Tensor, edge_index: Any) -> Tensor:
         """Run the block, ``[b n c t]``."""
@@ -158,7 +161,7 @@ def largest_eigenvalue(edge_index: Tensor, num_nodes: int) -> float:
 def _graph_of_all_steps(X: Tensor, edge_index: Any) -> Tensor | None:
     """The one graph of all steps of ``X``, or None where there are several."""
     graphs = edge_index if isinstance(edge_index, list) else [edge_index]
-    if X.ndim != 4 or not graphs or not one_graph(X, graphs[0]) or torch.compiler.is_compiling():
+    if X.ndim != 4 or not graphs or not one_graph(X, graphs[0]):
         return None
     if isinstance(edge_index, list) and len(graphs) != X.shape[3]:
         return None

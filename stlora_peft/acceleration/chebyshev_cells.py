@@ -39,6 +39,7 @@ class FastGConvGRU(Fast, _GConvGRU):
     """``GConvGRU``: its input and its state are propagated once for all gates."""
 
     plain = _GConvGRU
+    is_cell = True
 
     def forward(
         self,
@@ -68,6 +69,7 @@ class FastGConvLSTM(Fast, _GConvLSTM):
     """``GConvLSTM``: its input and its state are propagated once for all gates."""
 
     plain = _GConvLSTM
+    is_cell = True
 
     def forward(
         self,
@@ -99,6 +101,7 @@ class FastGCLSTM(Fast, _GCLSTM):
     """``GCLSTM``: its state is propagated once for all gates."""
 
     plain = _GCLSTM
+    is_cell = True
 
     def forward(
         self,
@@ -126,7 +129,7 @@ class FastGCLSTM(Fast, _GCLSTM):
 
 def _fusible(convs: Sequence[Any], X: Tensor, states: Sequence[Tensor | None], graph: _Graph) -> bool:
     """Whether the convolutions of a cell can be computed together, without calling them."""
-    if not bare(convs, FastChebConv, CachedChebConv) or not one_graph(X, *graph) or torch.compiler.is_compiling():
+    if not bare(convs, FastChebConv, CachedChebConv) or not one_graph(X, *graph):
         return False
     first = convs[0]
     alike = all((conv.normalization, len(conv.lins)) == (first.normalization, len(first.lins)) for conv in convs)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stlora_peft.acceleration.fast import Fast, bare, one_graph, ordinary
 from stlora_peft.backbones import tgt
 from stlora_peft.backbones.graphs import check_graph
-from stlora_peft.backbones.propagation import Propagation, outside_graphs
+from stlora_peft.backbones.propagation import Propagation
 from stlora_peft.backbones.recurrent.diffusion_conv import DiffusionConv, upstream_norms
 
 if TYPE_CHECKING:  # torch-geometric-temporal ships no types: this is the part of it that is used here
@@ -49,7 +49,6 @@ class _Diffusion(Fast):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    @outside_graphs
     def walks(self, x: Tensor, *graph: Any) -> _Walks | None:
         """Matrices along the edges and against them, or None where this layer cannot do with them."""
         if not one_graph(x, *graph) or not ordinary(self) or x.dtype != torch.float32:
@@ -130,6 +129,7 @@ class FastDCRNN(Fast, _DCRNN):
     """``DCRNN``: both gates read one diffusion of input and state."""
 
     plain = _DCRNN
+    is_cell = True
 
     def forward(
         self, X: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None, H: Tensor | None = None
@@ -155,6 +155,7 @@ class FastBatchedDCRNN(Fast, _BatchedDCRNN):
     """``BatchedDCRNN``: all steps of the input at once, and one graph instead of a union of many."""
 
     plain = _BatchedDCRNN
+    is_cell = True
 
     def forward(self, X: Tensor, edge_index: Tensor, edge_weight: Tensor) -> Tensor:
         """States of all steps, ``[b t n c]``."""
@@ -187,7 +188,7 @@ class FastBatchedDCRNN(Fast, _BatchedDCRNN):
 def _shared_walks(convs: Sequence[Any], x: Tensor, *graph: Any) -> _Walks | None:
     """Matrices of a cell's convolutions, or None where one cannot stand for all."""
     alike = all(conv.weight.shape[1] == convs[0].weight.shape[1] and ordinary(conv) for conv in convs)
-    walks: _Walks | None = convs[0].walks(x, *graph) if alike and not torch.compiler.is_compiling() else None
+    walks: _Walks | None = convs[0].walks(x, *graph) if alike else None
     return walks
 
 

@@ -23,9 +23,11 @@ class Fast:
 
     Attributes:
         plain: The class that an instance had before, and gets back.
+        is_cell: Whether it computes several layers together, which it reads without calling them.
     """
 
     plain: ClassVar[type[nn.Module]]
+    is_cell: ClassVar[bool] = False
     _cache: PropagationCache
 
     def __setstate__(self, state: Any) -> None:
@@ -65,16 +67,18 @@ class Fast:
 def one_graph(x: Any, edge_index: Any, *values: Any) -> bool:
     """Whether a matrix that is kept can stand for these edges: no learnable weights, no special kind of tensor.
 
+    A compiler traces the layer's own way, which has no break in its graph.
+
     Args:
         x: Features of the nodes, on axis ``-2``.
         edge_index: Edges.
         *values: Weights of the edges, and other numbers or tensors that belong to the graph.
     """
+    if torch.compiler.is_compiling() or bool(getattr(torch.compiler, "is_exporting", bool)()):  # torch 2.6 cannot tell
+        return False
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or type(edge_index) is not Tensor:
         return False
     if edge_index.dtype != torch.long or edge_index.layout != torch.strided or edge_index.ndim != 2:
-        return False
-    if bool(getattr(torch.compiler, "is_exporting", bool)()):  # torch 2.6 cannot tell
         return False
     huge = x.device.type != "cpu" and x.shape[-2] > DENSE_ON_ACCELERATOR
     return not huge and edge_index.device == x.device and all(_constant(value, x) for value in values)

@@ -69,7 +69,11 @@ class Acceleration:
 
 
 def accelerate(
-    backbone: nn.Module, edge_index: Tensor | None = None, edge_weight: Tensor | None = None
+    backbone: nn.Module,
+    edge_index: Tensor | None = None,
+    edge_weight: Tensor | None = None,
+    *,
+    cells: bool = True,
 ) -> Acceleration:
     """Make the graph layers of a network fast, in place, without a change of its numbers beyond rounding.
 
@@ -83,6 +87,9 @@ def accelerate(
         backbone: The network, with or without adapters.
         edge_index: Graph that it is going to see, source above target, to be checked now; optional.
         edge_weight: Weights of the edges; optional.
+        cells: Replace cells and blocks too, not only the graph convolutions in them. A cell computes its gates
+            together only as long as none of them has an adapter, so that an untrained adapter then changes the last
+            digits of a forecast.
 
     Returns:
         What was replaced, with a method ``undo``.
@@ -100,7 +107,7 @@ def accelerate(
     replaced = {}
     for name, layer in _layers(backbone):
         fast = _fast(layer)
-        if fast is not None:
+        if fast is not None and (cells or not fast.is_cell):
             replaced[name] = type(layer).__name__
             fast.replace(layer)
     result = Acceleration(backbone, replaced)

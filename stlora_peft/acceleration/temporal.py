@@ -48,6 +48,7 @@ class _Cell(Fast):
         ndim: Number of axes of its input.
     """
 
+    is_cell = True
     ndim: ClassVar[int]
     out_channels: int
 
@@ -97,6 +98,7 @@ class _Attention(Fast):
         ndim: Number of axes of the input of their cell.
     """
 
+    is_cell = True
     ndim: ClassVar[int]
 
     def forward(
@@ -139,7 +141,7 @@ class FastA3TGCN2(_Attention, _A3TGCN2):
 def fusible(cell: Any, X: Any, H: Any, edge_index: Any, edge_weight: Any, ndim: int) -> bool:
     """Whether the gates of a TGCN can be computed together, without calling their layers."""
     convs, linears = ([getattr(cell, f"{kind}_{name}") for name in "zrh"] for kind in ("conv", "linear"))
-    if not bare(convs, FastGCNConv) or not bare(linears, nn.Linear) or torch.compiler.is_compiling():
+    if not bare(convs, FastGCNConv) or not bare(linears, nn.Linear):
         return False
     settings = {(conv.improved, conv.add_self_loops, conv.normalize, conv.cached) for conv in convs}
     if not bare([conv.lin for conv in convs], pyg.Linear) or len(settings) > 1 or convs[0].cached:
