@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from stlora_peft.backbones import tgt
 from stlora_peft.backbones.graphs import check_graph
 from stlora_peft.backbones.propagation import DENSE_ON_ACCELERATOR, Propagation, PropagationCache, outside_graphs
 
@@ -26,8 +27,11 @@ if TYPE_CHECKING:  # PyG ships no types: this is the part of it that is used her
 
         def __norm__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]: ...
 else:
-    from torch_geometric.nn import ChebConv as _ChebConv
-    from torch_geometric.nn import MessagePassing as _MessagePassing
+    try:
+        from torch_geometric.nn import ChebConv as _ChebConv
+        from torch_geometric.nn import MessagePassing as _MessagePassing
+    except ImportError as error:
+        raise tgt.import_error(error) from error
 
 
 class CachedChebConv(_ChebConv):
