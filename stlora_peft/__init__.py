@@ -5,6 +5,7 @@ Importing this package registers the adapter type ``STLORA`` with PEFT.
 
 from importlib.metadata import PackageNotFoundError, version
 
+from stlora_peft.acceleration import accelerate, decelerate
 from stlora_peft.serving import MultiCity
 from stlora_peft.tuner.calibration import calibrate
 from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
@@ -28,8 +29,10 @@ __all__ = [
     "PredictorConfig",
     "STLoraConfig",
     "STLoraModel",
+    "accelerate",
     "calibrate",
     "check_nodes",
+    "decelerate",
     "find_layouts",
     "fingerprint",
     "rebuild",

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from stlora_peft.backbones import STGCN, tgt
+from stlora_peft.backbones.chebyshev import CachedChebConv
 from stlora_peft.backbones.propagation import Propagation, PropagationCache, dense_is_faster
-from stlora_peft.backbones.stconv import CachedChebConv, STConv
+from stlora_peft.backbones.stconv import STConv
 
 Original = tgt.load().nn.STConv
 ChebConv = type(Original(2, 1, 1, 1, 1, 1)._graph_conv)

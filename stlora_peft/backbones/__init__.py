@@ -81,7 +81,11 @@ def build_backbone(name: str, **hyperparameters: Any) -> Forecaster:
         >>> build_backbone(model.name, **model.hyperparameters).horizon
         12
     """
-    return backbone_class(name)(**hyperparameters)
+    from stlora_peft.acceleration import accelerate  # it stands on this package
+
+    backbone = backbone_class(name)(**hyperparameters)
+    accelerate(backbone, cells=False)
+    return backbone
 
 
 def new_backbone(name: str, data: CityData, *, seed: int, **sizes: Any) -> Forecaster:

@@ -9,10 +9,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+_Found = TypeVar("_Found")
+outside_graphs = cast(Callable[[_Method], _Method], torch.compiler.disable)
+"""Leave a function to Python where ``torch.compile`` traces what calls it."""
 
 ROWS_PER_PRODUCT = 1024
 """Rows of one sparse product: enough to hide the cost of the call, few enough for the cache of a core."""
@@ -94,18 +99,18 @@ class PropagationCache:
         (2, 0)
     """
 
-    _entry: tuple[tuple[Any, ...], Propagation] | None = field(default=None, repr=False)
+    _entry: tuple[tuple[Any, ...], Any] | None = field(default=None, repr=False)
 
-    def get(self, inputs: tuple[Any, ...], build: Callable[..., Propagation]) -> Propagation:
+    def get(self, inputs: tuple[Any, ...], build: Callable[..., _Found]) -> _Found:
         """Matrix for ``inputs``, computed by ``build(*inputs)`` unless these were the inputs of the last call.
 
         Args:
-            inputs: Tensors and plain values that the matrix depends on.
-            build: Computes the matrix.
+            inputs: Tensors and plain values that the matrix depends on, always as many for one cache.
+            build: Computes the matrix, or whatever else is kept for these inputs.
         """
         entry = self._entry  # read once: replicas on several threads share the cache
         if entry is not None and all(map(_same, entry[0], inputs)):
-            return entry[1]
+            return cast(_Found, entry[1])
         kept = tuple(value.detach().clone() if isinstance(value, Tensor) else value for value in inputs)
         found = build(*kept)
         self._entry = kept, found

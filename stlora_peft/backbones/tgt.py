@@ -52,7 +52,7 @@ def load() -> ModuleType:
         for name in set(sys.modules) - before:
             if name == _PACKAGE or name.startswith(f"{_PACKAGE}."):
                 del sys.modules[name]
-        raise _import_error(error) from error
+        raise import_error(error) from error
 
 
 @contextmanager
@@ -71,8 +71,12 @@ def _torch_sparse() -> Iterator[None]:
         del sys.modules[name]
 
 
-def _import_error(error: Exception) -> ImportError:
-    """Say which package is missing or broken and how to install it."""
+def import_error(error: Exception) -> ImportError:
+    """Say which package is missing or broken and how to install it.
+
+    Args:
+        error: What its import raised.
+    """
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing is not None:
         root = missing.partition(".")[0]

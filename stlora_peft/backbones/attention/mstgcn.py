@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from stlora_peft.backbones import tgt
 from stlora_peft.backbones.base import Forecaster
-from stlora_peft.backbones.stconv import CachedChebConv
+from stlora_peft.backbones.chebyshev import CachedChebConv
 from stlora_peft.tuner.spec import BackboneSpec
 
 if TYPE_CHECKING:  # torch-geometric-temporal ships no types: this is the part of it that is used here

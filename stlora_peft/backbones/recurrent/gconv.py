@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from stlora_peft.backbones import tgt
+from stlora_peft.backbones.chebyshev import CachedChebConv
 from stlora_peft.backbones.recurrent.cells import RecurrentForecaster, cell_spec
-from stlora_peft.backbones.stconv import CachedChebConv
 
 _cells: Any = tgt.load().nn.recurrent
 
@@ -14,7 +14,7 @@ _cells: Any = tgt.load().nn.recurrent
 class ChebForecaster(RecurrentForecaster):
     """What the three networks share: their cell takes ``[b n c]``, and its convolutions keep the graph.
 
-    The convolutions are :class:`stlora_peft.backbones.stconv.CachedChebConv`: PyG's parameters and numbers, faster.
+    The convolutions are :class:`stlora_peft.backbones.chebyshev.CachedChebConv`: PyG's parameters and numbers, faster.
 
     Attributes:
         upstream: Name of the cell's class in torch-geometric-temporal.
