@@ -12,7 +12,8 @@ import torch
 from acceleration_layers import CASES, GRAPHS, B, C, Case, F, Graph, N, T, attention, directed, gnn, recurrent
 from peft import get_peft_model
 from torch import Tensor, nn
-from toys import ALL_BACKBONES, assert_same, call, largest, raised, randomised, small_backbone
+from toys import ALL_BACKBONES, assert_same, largest, raised, randomised, small_backbone, windows
+from toys import graph as toy_graph
 
 from stlora_peft import STLoraConfig, accelerate, decelerate, fingerprint
 from stlora_peft.acceleration.fast import Fast
@@ -439,17 +440,20 @@ def test_every_backbone_forecasts_the_same_when_accelerated(name: str, adapt: bo
     plain: Any = small_backbone(name)
     if adapt:
         plain = get_peft_model(plain, STLoraConfig(num_nodes=5, conditioning="embedding", init_weights=False))
-    plain = plain.eval()
+    # with an adapter at random, DNNTSP's numbers grow to a million, where single precision tells nothing
+    dtype = torch.float64 if adapt and name == "dnntsp" else torch.float32
+    plain = plain.eval().to(dtype)
     decelerate(plain)
     fast = copy.deepcopy(plain)
     accelerate(fast)
+    edge_index, edge_weight = toy_graph(5)
+    batch = windows(5).to(dtype), edge_index, edge_weight.to(dtype)
     outputs = []
     for model in (plain, fast):
-        y = call(model, 5)
+        y = model(*batch)
         y.mean().backward()
         gradients = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
         outputs.append({"y": y, **gradients})
-    # with an adapter at random, DNNTSP's numbers grow until its own last digits tell nothing of the fifth
-    assert_alike(outputs[1], outputs[0], 1e-3 if adapt and name == "dnntsp" else 1e-5)
+    assert_alike(outputs[1], outputs[0], 1e-5)
     decelerate(fast)
-    assert torch.equal(call(fast, 5), call(plain, 5))
+    assert torch.equal(fast(*batch), plain(*batch))

@@ -209,7 +209,7 @@ def test_frugal_adapter_is_a_narrow_predictor_alone(data: CityData) -> None:
     assert {name.split(".")[2] for name in trainable(model)} == {"stlora_predictor", "stlora_nodes"}
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     hidden, out = (16 * width + width + 16 + 2 * 16 + width * 2 + 2 * 2 * 4 for width in (16, 12))
-    assert count == (12 * 3 + 12 + 1) * 16 + hidden + out + 4 * 5 < 1_500 + 4 * 5
+    assert count == (12 + 2 + 12 + 1) * 16 + hidden + out + 4 * 5 < 1_500 + 4 * 5
 
 
 def test_every_form_of_st_lora_is_a_method_with_and_without_the_predictor(data: CityData) -> None:

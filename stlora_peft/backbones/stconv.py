@@ -45,6 +45,7 @@ class STConv(_UpstreamSTConv):
         - **output:** :math:`(B, T - 2 (kernel\_size - 1), N, C_{out})`, ``[b t n c]``
 
     Example:
+        >>> import torch
         >>> block = STConv(5, 2, 8, 4, kernel_size=3, K=3)
         >>> ring = torch.stack([torch.arange(5), torch.arange(1, 6) % 5])
         >>> block(torch.zeros(2, 12, 5, 2), ring).shape
