@@ -34,7 +34,7 @@ from common import environment, footer, read_options, write_results  # noqa: E40
 
 NODES, FEW, MANY = 207, 1, 3
 PACKAGES = ("torch", "peft", "transformers", "torch-geometric-temporal")
-BACKBONES = ("lstm",)
+BACKBONES = ("lstm", "gconvgru")
 GOAL = 20.0
 
 
@@ -138,7 +138,7 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 
 def main() -> None:
     """Time every way on every backbone."""
-    options = read_options(__doc__, repeats=3)
+    options = read_options(__doc__, repeats=2)
     data = data_of()
     rows = [row for name in BACKBONES for row in compare(name, data, options.repeats)]
     about = environment(options, PACKAGES) | {"sizes": {"N": NODES, "windows": len(data.given), "B": 32}}
