@@ -81,7 +81,7 @@ SETTINGS = {
         "simulated, unlike in graph and roads: radial to grid with much leisure", lambda folder: _unlike()
     ),
     "weekend": Setting(
-        "the same, only the weekend after 14 days is forecast, working days are given", lambda folder: _unlike(14)
+        "simulated, as `unlike`, 14 days: working days are given, a weekend is forecast", lambda folder: _unlike(14)
     ),
 }
 """Settings of the comparison by name."""

@@ -121,7 +121,8 @@ def _how(rows: Rows) -> Iterator[str]:
     yield paragraph(
         "`weekend` and `unlike` are the same two simulated cities. The record of the first has 14 days, and a weekend "
         "is most of its test part; that of the second 35, and its test part is a whole week. The defaults before the "
-        "present one were chosen on the first."
+        "present one were chosen on the first. That they lose on weekends was seen on its test part; what to do about "
+        "it was chosen on the development part of `unlike`."
     )
     yield paragraph(
         "**Most rows have one seed: differences under about 1 % mean nothing, and with one day of `weekend` larger "
