@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from stlora_peft import rebuild
-from stlora_peft.backbones import build_backbone
-from stlora_peft.comparison import compare
+from stlora_peft.backbones import new_backbone
+from stlora_peft.comparison import RESULTS, compare
 from stlora_peft.data import City, CityData, prepare, pretraining_split, simulate_city
 from stlora_peft.evaluation import evaluate, evaluate_persistence, forecast_batches
 from stlora_peft.figures import draw_against_truth, pick_nodes
@@ -146,13 +146,7 @@ def pretrain(
         The backbone and how good it is at home.
     """
     data = prepare(city, pretraining_split(city.num_steps))
-    torch.manual_seed(settings.pretraining.seed)
-    backbone = build_backbone(
-        "stgcn",
-        num_nodes=city.num_nodes,
-        in_channels=data.train.series.shape[-1],
-        hidden_channels=settings.width,
-    )
+    backbone = new_backbone("stgcn", data, seed=settings.pretraining.seed, hidden_channels=settings.width)
     result = train(backbone, data, settings.pretraining, callbacks=callbacks)
     known = {"city": city.name, "quantity": city.quantity}
     save_backbone(places.base, backbone, scaler=data.scaler, time_features=data.time_features, **known)
@@ -172,7 +166,7 @@ def compare_methods(places: Places, settings: DemoSettings, saved: SavedBackbone
     Returns:
         One row for each method.
     """
-    (places.comparison / "results.json").unlink(missing_ok=True)
+    (places.comparison / RESULTS).unlink(missing_ok=True)
     return compare(
         saved,
         city,
