@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model
 from small_city import small_data
 from torch import Tensor, nn
-from toys import ALL_BACKBONES, assert_same, graph, randomised, small_backbone, windows
+from toys import ALL_BACKBONES, assert_same, graph, raised, randomised, small_backbone, windows
 
 from stlora_peft import STLoraConfig
 from stlora_peft.frozen import FrozenActivations
@@ -208,6 +208,31 @@ def test_more_than_the_limit_lies_in_a_file_that_is_deleted() -> None:
     assert sum(file.stat().st_size for file in folder.iterdir()) == size
     del activations
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("start", [1, 21, -4])  # between those that were filled, behind the last, before the first
+def test_a_window_that_was_not_filled_is_refused(start: int) -> None:
+    model = nn.Sequential(frozen(nn.Linear(2, 3)), nn.Linear(3, 1))
+    activations = kept(model, model, x_of(4, 2))
+
+    def replay() -> None:
+        with activations.replaying(torch.tensor([3, start])):
+            raise AssertionError("nothing of this window is kept")
+
+    assert raised(replay) == {
+        "where": "nothing is kept of some windows",
+        "expected": "windows that fill() was given",
+        "got": f"[{start}]",
+        "fix": "fill them, or forecast them outside replaying()",
+    }
+
+
+def test_nothing_can_be_replayed_before_it_was_filled() -> None:
+    model = nn.Sequential(frozen(nn.Linear(2, 3)), nn.Linear(3, 1))
+    activations = FrozenActivations(model, model, x_of(4, 2)[:3])
+    assert activations.num_bytes == 0  # what the frozen part was found with is forgotten
+    with pytest.raises(ValueError, match="nothing is kept of some windows"), activations.replaying(torch.tensor([0])):
+        pass
 
 
 # -- in a training ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from stlora_peft.errors import message
 from stlora_peft.evaluation import evaluation_mode
 from stlora_peft.frozen.tracing import (
     Call,
@@ -35,6 +36,9 @@ MEMORY_LIMIT = 2**30
 
 BATCH = 64
 """Windows in one forward pass that fills the store."""
+
+
+_NO_ROWS = torch.full((1,), -1)
 
 
 class FrozenActivations:
@@ -68,7 +72,7 @@ class FrozenActivations:
         self._calls: dict[tuple[nn.Module, int], Call] = {}
         self._counts: Counter[nn.Module] = Counter()
         self._batch = torch.zeros(0, dtype=torch.long)
-        self._rows = torch.zeros(0, dtype=torch.long)
+        self._rows = _NO_ROWS
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._traced = len(windows)
         drifting = drifting_norms(model)
@@ -121,13 +125,31 @@ class FrozenActivations:
 
         Args:
             starts: What the windows of the batch are called, in their order; they must have been filled.
+
+        Raises:
+            ValueError: If one of them has not.
         """
         if not self._calls:
             yield
             return
-        self._batch = self._rows[starts.cpu()]
+        self._batch = self._rows_of(starts.cpu())
         with self._called_as(self._replay):
             yield
+
+    def _rows_of(self, starts: Tensor) -> Tensor:
+        """Where the windows lie in the store."""
+        inside = (starts >= 0) & (starts < len(self._rows))
+        rows = torch.where(inside, self._rows[starts.where(inside, 0)], -1)
+        if (rows < 0).any():
+            raise ValueError(
+                message(
+                    "nothing is kept of some windows",
+                    expected="windows that fill() was given",
+                    got=str(starts[rows < 0].tolist()[:8]),
+                    fix="fill them, or forecast them outside replaying()",
+                )
+            )
+        return rows
 
     # -- inside a forward pass -----------------------------------------------------------------------------
 
@@ -177,6 +199,9 @@ class FrozenActivations:
                 if all(tensor.is_floating_point() for tensor in tensors_of(call.output)):
                     call.needed = False
                     call.needed = not all(map(torch.equal, expected, self._replayed(windows)))
+        self._rows = _NO_ROWS
+        for call in self._calls.values():
+            call.stored = []
 
     def _replayed(self, windows: Tensor) -> list[Tensor]:
         with self.replaying(torch.arange(len(windows))):
