@@ -29,7 +29,7 @@ from run import PRETRAINING, ROOT, chosen_settings, pretrained  # noqa: E402
 from search_arms import ARMS, Arm, fit  # noqa: E402
 from search_report import write_page  # noqa: E402
 
-from stlora_peft.data import City, CityData, Windows, adaptation_split, prepare  # noqa: E402
+from stlora_peft.data import City, CityData, adaptation_split, prepare  # noqa: E402
 from stlora_peft.evaluation import evaluate  # noqa: E402
 from stlora_peft.files import read_json, write_json  # noqa: E402
 from stlora_peft.reports import environment, source_commit  # noqa: E402
@@ -156,7 +156,7 @@ def development(target: City, saved: SavedBackbone, days: float) -> CityData:
     sizes = {"window": saved.backbone.window, "horizon": saved.backbone.horizon}
     data = prepare(target, split, **sizes, time_features=saved.time_features)
     every = max(1, len(data.test) // MEASURED)
-    return replace(data, test=_windows(data, data.test.starts[::every]))
+    return replace(data, test=data.test.at(data.test.starts[::every]))
 
 
 def training_data(data: CityData, training: str) -> CityData:
@@ -180,13 +180,7 @@ def _blocks(data: CityData, hours: int = 3, every: int = 4) -> CityData:
     targets = windows.starts[:, None] + windows.window + torch.arange(windows.horizon)
     inside = validates[targets - given.start]
     train, val = windows.starts[~inside.any(1)], windows.starts[inside.all(1)]
-    return replace(data, train=_windows(data, train), val=_windows(data, val))
-
-
-def _windows(data: CityData, starts: torch.Tensor) -> Windows:
-    """Windows of a city's series."""
-    of = data.train
-    return Windows(of.series, of.targets, starts, window=of.window, horizon=of.horizon)
+    return replace(data, train=windows.at(train), val=windows.at(val))
 
 
 def read_options() -> argparse.Namespace:

@@ -163,7 +163,7 @@ class CityData:
         """All windows of the given steps, the validation part among them: what the last training of a model uses."""
         window, horizon = self.train.window, self.train.horizon
         starts = _starts(self.city.name, "given", self.split.given, self.split.given.start, window, horizon)
-        return Windows(self.train.series, self.train.targets, starts, window=window, horizon=horizon)
+        return self.train.at(starts)
 
 
 def input_series(city: City, scaler: Scaler, window: int, time_features: TimeFeatures) -> torch.Tensor:

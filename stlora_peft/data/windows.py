@@ -99,6 +99,17 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
         steps = starts[:, None] + self.window + torch.arange(self.horizon)
         return {"x": self.inputs(starts), "y": self.targets[steps], "start": starts}
 
+    def at(self, starts: torch.Tensor) -> Windows:
+        """Return windows of the same record that begin elsewhere.
+
+        Args:
+            starts: First steps, in any order.
+
+        Raises:
+            ValueError: If a window leaves the record.
+        """
+        return Windows(self.series, self.targets, starts, window=self.window, horizon=self.horizon)
+
     def inputs(self, starts: torch.Tensor) -> torch.Tensor:
         """Gather input windows that start at any step, also where the steps to forecast are not known yet.
 

@@ -143,9 +143,7 @@ def calibrated(model: PeftModel, data: CityData) -> PeftModel:
     """
     windows = data.given
     step = max(1, len(windows) * data.city.num_nodes // CALIBRATION_ROWS)
-    chosen = Windows(
-        windows.series, windows.targets, windows.starts[::step], window=windows.window, horizon=windows.horizon
-    )
+    chosen = windows.at(windows.starts[::step])
     edges = {"edge_index": data.edge_index, "edge_weight": data.edge_weight}
     batches = (({"x": batch["x"], **edges}, data.scaler.transform(batch["y"])) for batch in window_batches(chosen, 64))
     calibrate(model, batches)

@@ -172,8 +172,7 @@ class Plan:
 
     def _thinned(self, windows: Windows) -> Windows:
         """Every ``stride``-th window."""
-        sizes = {"window": windows.window, "horizon": windows.horizon}
-        return Windows(windows.series, windows.targets, windows.starts[:: self.stride], **sizes)
+        return windows.at(windows.starts[:: self.stride])
 
     @staticmethod
     def _require(holds: bool, where: str, expected: str, got: str) -> None:
