@@ -90,6 +90,20 @@ def test_stconv_equals_the_original_forward_backward_and_in_statistics(
     assert_same(tuple(fast.buffers()), tuple(original.buffers()), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("steps", [5, 6])
+def test_gradients_of_the_normalisation_are_right_also_where_one_step_is_left(steps: int) -> None:
+    block = STConv(5, 2, 3, 4, kernel_size=3, K=2).double().eval()
+    ring = torch.stack([torch.arange(5), torch.arange(1, 6) % 5])
+    x = torch.randn(2, steps, 5, 2, dtype=torch.float64)
+    weight = torch.randn(2, steps - 4, 4, 5, dtype=torch.float64).transpose(2, 3)  # the gradient's order in memory
+
+    def run(scale: Tensor) -> Tensor:
+        norm = {"_batch_norm.weight": scale}
+        return (torch.func.functional_call(block, norm, (x, ring)) * weight.contiguous()).sum()
+
+    assert torch.autograd.gradcheck(run, torch.randn(5, dtype=torch.float64, requires_grad=True))
+
+
 def test_stconv_at_the_size_of_a_city_equals_the_original() -> None:
     generator = torch.Generator().manual_seed(0)
     edge_index = torch.randint(0, 207, (2, 1612), generator=generator)

@@ -23,8 +23,9 @@ from stlora_peft.tuner.guards import check_backbone_config, check_cached_graphs,
 from stlora_peft.tuner.hosts import host_class
 from stlora_peft.tuner.known_layers import known_layout
 from stlora_peft.tuner.layers import STLoraLayer
+from stlora_peft.tuner.merging import check_mergeable
 from stlora_peft.tuner.node_bound import NodeBoundLayer, find_module, spec_of
-from stlora_peft.tuner.nodes import TABLE_ATTRIBUTE, NodeTable, check_mergeable
+from stlora_peft.tuner.nodes import TABLE_ATTRIBUTE, NodeTable
 from stlora_peft.tuner.predictor import (
     ATTRIBUTE,
     PredictorLayer,
