@@ -42,6 +42,7 @@ class STLoraLayer(MergingLayer):
         "node_table",
     )
     default_layout: str | None = None
+    final_state = False  # whether the backbone reads nothing but the final hidden state of a recurrent layer
     inner: str | None = None  # part of the layer that holds its adapters, where they are not wrapped around it
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
