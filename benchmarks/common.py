@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from stlora_peft.files import atomic_write, write_json
 
@@ -56,6 +57,24 @@ def footer(about: dict[str, Any], how: str = "repeats in turns") -> str:
         f"{about['threads']} thread(s), {about['repeats']} {how}, commit {about['commit']}, "
         f"Python {about['python']} on {about['processor']}, {packages}."
     )
+
+
+def untouched(backbone: nn.Module) -> nn.Module:
+    """Train everything, with the layers of PyG and torch-geometric-temporal as they are."""
+    from torch_geometric.nn import ChebConv
+
+    from stlora_peft import decelerate
+    from stlora_peft.backbones import tgt
+    from stlora_peft.backbones.chebyshev import CachedChebConv
+    from stlora_peft.backbones.stconv import STConv
+
+    decelerate(backbone)
+    for layer in backbone.modules():
+        if type(layer) is STConv:
+            layer.__class__ = tgt.load().nn.STConv
+        elif type(layer) is CachedChebConv:
+            layer.__class__ = ChebConv
+    return backbone.requires_grad_(True)
 
 
 def write_results(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from stlora_peft.allocator import keeping_freed_memory
 from stlora_peft.data import CityData, Windows
 from stlora_peft.errors import message
 from stlora_peft.evaluation import check_fit, window_batches
@@ -201,6 +202,7 @@ def train(
         if options.progress:
             watchers.append(stack.enter_context(ProgressBar()))
         stack.enter_context(_deterministic())
+        stack.enter_context(keeping_freed_memory())
         trainer = CityTrainer(
             model, data, options, folder, keep=output_dir is not None, average=average, best=best, watchers=watchers
         )

@@ -7,16 +7,19 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from toys import assert_same
 
 from stlora_peft.tuner.functional import (
     Dropout,
+    convolve,
     core_update,
     delta_weight,
     dropout,
     full_conv,
     full_update,
     gate_update,
+    project,
 )
 
 AXES = list(itertools.permutations(range(4), 2))
@@ -181,3 +184,37 @@ def test_dropout_does_nothing_without_training_or_probability():
     assert torch.equal(dropout(x, 0.5, False), x)
     assert torch.equal(Dropout(0.5).eval()(x), x)
     assert not torch.equal(Dropout(0.5)(torch.ones(100)), torch.ones(100))
+
+
+# -- order in memory ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [(1, 3), (1, 1), (2, 3), (3, 1)])
+@pytest.mark.parametrize("order", ["b c n t", "b t n c", "b n t c", "t b c n"])
+def test_convolution_equals_torchs_in_any_order_of_memory(order: str, kernel: tuple[int, int]) -> None:
+    stored = rearrange(torch.randn(2, 3, 5, 7, dtype=torch.float64), f"b c n t -> {order}").contiguous()
+    x = rearrange(stored, f"{order} -> b c n t").requires_grad_()
+    weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((4, 3, *kernel), (4,)))
+    for stride, dilation in (((1, 1), (1, 1)), ((1, 2), (1, 1)), ((1, 1), (1, 2))):
+        found = convolve(x, weight, bias, stride, dilation)
+        expected = F.conv2d(x, weight, bias, stride, 0, dilation)
+        assert_same(found, expected)
+        leaves, upstream = (x, weight, bias), torch.randn_like(expected)
+        for one, other in zip(
+            torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
+        ):
+            assert_same(one, other)
+
+
+def test_convolution_along_one_axis_equals_torchs() -> None:
+    x, weight = torch.randn(2, 3, 7, dtype=torch.float64), torch.randn(4, 3, 2, dtype=torch.float64)
+    assert_same(convolve(x, weight, None, (2,), (3,)), F.conv1d(x, weight, None, 2, 0, 3))
+
+
+@pytest.mark.parametrize("strides", [(30, 6, 30, 1), (30, 6, 6, 1), (5, 1, 99, 10)])
+def test_projection_gives_the_same_numbers_whether_the_matrix_learns_or_not(strides: tuple[int, ...]) -> None:
+    x = torch.randn(200).as_strided((2, 5, 1, 6), strides)
+    weight = torch.randn(8, 6)
+    expected = project(x, weight)
+    assert torch.equal(project(x, weight.clone().requires_grad_()), expected)
+    assert_same(expected, x @ weight.mT, tolerance=1e-5)

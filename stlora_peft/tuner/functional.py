@@ -64,22 +64,23 @@ def core_update(u: Tensor, core: Tensor, node: int, channel: int) -> Tensor:
     return _nodewise(u, core, node, channel)
 
 
-def project(x: Tensor, weight: Tensor) -> Tensor:
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""Multiply the last axis by one matrix for all nodes.
 
     .. math:: u = A\,x
 
-    torch picks the kernel for a strided input by whether the weight needs a gradient, and the kernels round
-    differently; with the input in one piece a loaded adapter gives the very numbers of the trained one.
+    torch picks the kernel for an input of several axes by its strides and by whether the weight needs a gradient, and
+    the kernels round differently; as rows of one matrix a loaded adapter gives the very numbers of the trained one.
 
     Args:
         x: Input, :math:`F_{in}` on the last axis.
         weight: Matrix :math:`A`, shape :math:`(r, F_{in})`.
+        bias: Additive bias, shape :math:`(r)`, or None.
 
     Returns:
         Tensor of the shape of ``x`` with :math:`r` on the last axis.
     """
-    return F.linear(x.contiguous(), weight)
+    return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def full_update(x: Tensor, weight: Tensor, node: int, channel: int) -> Tensor:
@@ -134,7 +135,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[in
         return F.conv1d(x, weight, bias, tuple(stride), 0, tuple(dilation))
     if x.ndim == 4 and _swapped_channels_last(x):
         if weight.shape[2:] == (1, 1) and tuple(stride) == (1, 1):
-            return F.linear(x.permute(0, 3, 2, 1), weight[:, :, 0, 0], bias).permute(0, 3, 2, 1)
+            return project(x.permute(0, 3, 2, 1), weight[:, :, 0, 0], bias).permute(0, 3, 2, 1)
         x, weight = x.transpose(2, 3), weight.transpose(2, 3)
         return F.conv2d(x, weight, bias, tuple(stride)[::-1], 0, tuple(dilation)[::-1]).transpose(2, 3)
     return F.conv2d(x, weight, bias, tuple(stride), 0, tuple(dilation))
@@ -241,10 +242,29 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """
     if not training or p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
+    return x * dropout_mask(x, p)
+
+
+def dropout_mask(x: Tensor, p: float) -> Tensor:
+    r"""Draw the mask :math:`\tfrac{m}{1 - p}` of :func:`dropout`.
+
+    Args:
+        x: Tensor that it is for.
+        p: Probability of a zero, in [0, 1).
+
+    Returns:
+        Tensor of the shape, type and memory layout of ``x``.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(torch.ones_like(x), p)
     threshold = min(round(p * 2**16), 2**16 - 1)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    kept = bits.as_strided(x.shape, torch.empty_like(x, device="meta").stride()) >= threshold - 2**15
-    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - threshold))
+    last = (
+        threshold - 2**15
+    )  # lowest number that is kept; comparing would take a tensor of truth values, which is slow
+    kept = bits.clamp_(last - 1, last) if threshold else bits.fill_(last)
+    kept = kept.as_strided(x.shape, torch.empty_like(x, device="meta").stride()).to(x.dtype).sub_(last - 1)
+    return kept.mul_(2**16 / (2**16 - threshold))
 
 
 class Dropout(nn.Dropout):

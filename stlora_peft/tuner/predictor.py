@@ -13,9 +13,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stlora_peft.errors import message
+from stlora_peft.tuner.activation import activated
 from stlora_peft.tuner.conditioning import condition, factor_dtype, factor_shapes, new_factor
 from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
-from stlora_peft.tuner.functional import dropout, full_update, project
+from stlora_peft.tuner.functional import full_update, project
 from stlora_peft.tuner.nodes import CityModule, NodeTable
 
 ATTRIBUTE = "stlora_predictor"
@@ -101,8 +102,7 @@ class NodePredictor(nn.Module):
 
     def _activated(self, h: Tensor, name: str) -> Tensor:
         """RMSNorm, LeakyReLU and dropout before a node-adaptive layer."""
-        h = F.rms_norm(h, h.shape[-1:], self._tensor(f"norm_{name}").to(h.dtype))
-        return dropout(F.leaky_relu(h, 0.1), self.dropout, self.training)
+        return activated(h, self._tensor(f"norm_{name}"), self.dropout, self.training)
 
     def _nall(self, h: Tensor, name: str, embedding: Callable[[], Tensor] | None) -> Tensor:
         """Node-adaptive low-rank layer on rows ``[b n d]``."""
