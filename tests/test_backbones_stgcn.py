@@ -90,6 +90,14 @@ def test_stconv_equals_the_original_forward_backward_and_in_statistics(
     assert_same(tuple(fast.buffers()), tuple(original.buffers()), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("steps", [5, 6])
+def test_stconv_has_its_gradient_also_where_one_step_is_left(steps: int) -> None:
+    block = STConv(4, 2, 3, 3, kernel_size=3, K=2).double().train()
+    ring = torch.stack([torch.arange(4), torch.arange(1, 5) % 4])
+    x = torch.randn(2, steps, 4, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: block(x, ring), (x,))
+
+
 def test_stconv_at_the_size_of_a_city_equals_the_original() -> None:
     generator = torch.Generator().manual_seed(0)
     edge_index = torch.randint(0, 207, (2, 1612), generator=generator)

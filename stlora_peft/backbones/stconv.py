@@ -81,7 +81,10 @@ class STConv(_UpstreamSTConv):
         hidden = self._temporal_conv1(_channel_major(X)).contiguous()
         hidden = self._graph_conv(hidden, edge_index, edge_weight)
         hidden = self._temporal_conv2(_channel_major(hidden).relu())
-        normalised: Tensor = self._batch_norm(hidden.transpose(1, 2))  # [b n t c]
+        rows = hidden.transpose(1, 2)  # [b n t c]
+        if rows.shape[2] == 1:
+            rows = rows.contiguous()  # torch's gradient of a batch normalisation is wrong for this order in memory
+        normalised: Tensor = self._batch_norm(rows)
         return normalised.transpose(1, 2)
 
 
