@@ -333,10 +333,18 @@ def test_demand_follows_profile_and_saturation():
     traits = traits_of(8)
     profiles = day_profiles(traits, np.zeros(8), rng())
     minutes = 5 * np.arange(288)  # a Monday
-    wanted = demand(profiles, traits, minutes, rng())
+    wanted = demand(profiles[0][minutes], traits, minutes, rng())
     expected = profiles[0][minutes] * 0.97 * traits.saturation * traits.capacity
     assert np.abs(np.log(wanted / expected)).max() < 0.3
     assert np.corrcoef(wanted.ravel(), expected.ravel())[0, 1] > 0.98
+
+
+def test_profiles_and_rules_at_some_minutes_are_those_of_all():
+    traits = traits_of(900)  # more than are computed together
+    minutes = np.array([0, 5, 1439, 5 * 1440 + 60, 7 * 1440])
+    whole, some = (day_profiles(traits, np.zeros(900), rng(), which) for which in (None, minutes))
+    np.testing.assert_array_equal(some, whole[[0, 0, 0, 1, 0], [0, 5, 1439, 60, 0]])
+    np.testing.assert_array_equal(hourly_rules(9, rng(), np.array([3, 700])), hourly_rules(9, rng())[[3, 700]])
 
 
 def test_hourly_rules_hold_for_the_hours_of_the_node_only():
