@@ -7,9 +7,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -85,6 +85,15 @@ class TrainingOptions:
         """How long a training takes, in words."""
         steps = f"{self.max_epochs} epochs" if self.max_steps is None else f"{self.max_steps} steps"
         return steps if self.patience is None else f"{steps}, patience {self.patience}"
+
+    def chosen(self, *without: str) -> dict[str, Any]:
+        """Return the options by name; those of the parts only where the graph has parts.
+
+        Args:
+            without: Names to leave out.
+        """
+        unused = ("nodes_per_step", "hops") if self.nodes_per_step is None else ()
+        return {name: value for name, value in asdict(self).items() if name not in (*without, *unused)}
 
     def windows(self, data: CityData) -> Windows:
         """Choose the windows that are trained on: all given ones where nothing validates."""

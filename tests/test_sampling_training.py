@@ -162,6 +162,12 @@ def test_options_out_of_range_are_refused(option: str, value: int, lines: str) -
     assert lines in str(error.value).splitlines()[1]
 
 
+def test_options_of_parts_are_named_where_there_are_parts() -> None:
+    assert PARTS.chosen("seed")["hops"] == 2
+    assert "seed" not in PARTS.chosen("seed")
+    assert {"nodes_per_step", "hops"}.isdisjoint(TrainingOptions().chosen())
+
+
 def test_several_processes_are_refused() -> None:
     _check_one_process(1)
     with pytest.raises(ValueError, match="cannot be trained by several processes") as error:

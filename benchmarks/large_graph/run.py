@@ -44,7 +44,7 @@ WHOLE = 10_000
 """Size at which the whole graph is trained too, for its memory."""
 WINDOWS, NODES_PER_STEP, HOPS = 2, 1_000, 2
 GOAL = 1.05
-MEMORY_GOAL = 2.0
+MEMORY_GOAL = 1.5
 """Parts of large cities have a halo, which the one part of 1,000 nodes has not."""
 PACKAGES = ("torch", "peft", "transformers", "torch-geometric", "torch-geometric-temporal")
 MIB = 2**20
