@@ -100,6 +100,14 @@ def test_default_adapter_leaves_nothing_out(name: str) -> None:
     compare(model, calling(model), windows(N, batch=COUNT))
 
 
+def test_recurrent_layer_behind_an_adapter_is_kept_and_only_what_is_read_of_it() -> None:
+    model = randomised(get_peft_model(small_backbone("lstm"), STLoraConfig(num_nodes=N, lora_dropout=0.0))).eval()
+    activations = compare(model, calling(model), windows(N, batch=COUNT))
+    adapted = model.get_base_model().lstm
+    assert activations.modules == [adapted.base_layer]
+    assert activations.num_bytes == COUNT * N * adapted.hidden_size * 4  # the final state of each row, in float32
+
+
 # -- what is kept, and what is not --------------------------------------------------------------------------
 
 
@@ -179,7 +187,7 @@ def test_repeated_calls_states_and_tables_come_back_in_their_places() -> None:
     model = Memory()
     activations = compare(model, model, x_of(6, 2))
     assert activations.modules == [model.cell, model.lstm, model.table]
-    states = COUNT * (6 * 4 + 2 * 4)  # the LSTM's output and both of its states
+    states = COUNT * (6 * 4 + 4)  # the LSTM's output and hidden state; nothing reads its memory
     assert activations.num_bytes == 4 * (states + 4 * 4)
 
 

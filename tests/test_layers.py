@@ -34,7 +34,7 @@ from hosts import (
 from peft import LoraConfig, get_peft_model
 from reference import Temporal
 from torch import Tensor, nn
-from toys import CONDITIONINGS, Holder, adapted, assert_same, factors_of, leaves, raised, randomised
+from toys import CONDITIONINGS, Holder, adapted, assert_same, factors_of, leaves, raised, randomised, small_backbone
 
 from stlora_peft import STLoraConfig
 from stlora_peft.tuner.layers import STLoraLayer
@@ -324,6 +324,31 @@ def test_recurrent_final_hidden_state_gets_the_update_of_the_last_output(kind, b
     assert not torch.allclose(out, base_out)
     if kind is nn.LSTM:
         assert torch.equal(state[1], base_state[1])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_of_which_only_the_final_state_is_read_updates_that_alone(kind, batch_first, bidirectional):
+    base = kind(C, D, 2, batch_first=batch_first, bidirectional=bidirectional).double()
+    pattern = "(b n) t c" if batch_first else "t (b n) c"
+    whole = adapted(base, N, node_layout={"layer": pattern})
+    final = copy.deepcopy(whole)
+    layer = final.base_model.model.layer
+    layer.final_state = True
+    x = rearrange(canonical(), f"b t n c -> {pattern}")
+    (_, expected), (out, state) = whole(x), final(x)
+    assert out is None
+    pairs = zip(expected, state, strict=True) if kind is nn.LSTM else [(expected, state)]
+    for one, other in pairs:
+        assert_same(other, one)
+    with final.disable_adapter():
+        assert final(x)[0].shape == whole(x)[0].shape
+
+
+def test_the_lstm_backbone_says_that_only_its_final_state_is_read():
+    model = get_peft_model(small_backbone("lstm"), STLoraConfig(num_nodes=5))
+    assert model.base_model.model.lstm.final_state
 
 
 def test_recurrent_initial_state_passes_through():

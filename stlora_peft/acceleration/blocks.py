@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from stlora_peft.acceleration.convolutions import FastChebConv
-from stlora_peft.acceleration.fast import Fast, bare, one_graph, ordinary
+from stlora_peft.acceleration.fast import Fast, bare, base_layers, one_graph, ordinary
 from stlora_peft.backbones import stconv, tgt
 from stlora_peft.backbones.chebyshev import CachedChebConv
 from stlora_peft.backbones.graphs import check_graph
 from stlora_peft.backbones.propagation import Propagation
+from stlora_peft.tuner.functional import convolve
 from stlora_peft.tuner.layers import STLoraLayer
+from stlora_peft.tuner.siblings import sibling_updates
 
 if TYPE_CHECKING:  # neither package ships types: this is the part of them that is used here
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:  # neither package ships types: this is the part of them that 
 
         def __getattr__(self, name: str) -> Any: ...
 
+    class _TemporalConv(_Block): ...
+
     class _MSTGCNBlock(_Block): ...
 
     class _ASTGCNBlock(_Block): ...
@@ -29,8 +33,31 @@ if TYPE_CHECKING:  # neither package ships types: this is the part of them that 
     class _ChebConvAttention(_Block): ...
 else:
     _nn = tgt.load().nn
+    _TemporalConv = _nn.attention.stgcn.TemporalConv
     _MSTGCNBlock = _nn.attention.mstgcn.MSTGCNBlock
     _ASTGCNBlock, _ChebConvAttention = _nn.attention.astgcn.ASTGCNBlock, _nn.attention.astgcn.ChebConvAttention
+
+
+class FastTemporalConv(Fast, _TemporalConv):
+    """``TemporalConv``: its three convolutions are one, and the updates of their adapters too."""
+
+    plain = _TemporalConv
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Convolve along time, ``[b t n c]``."""
+        layers = (self.conv_1, self.conv_2, self.conv_3)
+        convs = None if torch.compiler.is_compiling() else base_layers(layers, nn.Conv2d)
+        if convs is None or any(_settings(conv) != _settings(convs[0]) for conv in convs):
+            return super().forward(X)
+        first, x = convs[0], X.contiguous().permute(0, 3, 2, 1)
+        weight = torch.cat([conv.weight for conv in convs])
+        bias = None if first.bias is None else torch.cat([conv.bias for conv in convs])
+        sums = convolve(x, weight, bias, first.stride, first.dilation)
+        update = sibling_updates(layers, x)
+        if update is not None:
+            sums += update.to(sums.dtype)
+        value, gate, rest = sums.permute(0, 3, 2, 1).chunk(3, -1)
+        return (value * gate.sigmoid() + rest).relu()
 
 
 class FastSTConv(Fast, stconv.STConv):
@@ -168,6 +195,12 @@ def _graph_of_all_steps(X: Tensor, edge_index: Any) -> Tensor | None:
     first = cast(Tensor, graphs[0])
     same = all(graph is first or (isinstance(graph, Tensor) and torch.equal(graph, first)) for graph in graphs)
     return first if same else None
+
+
+def _settings(conv: nn.Conv2d) -> tuple[Any, ...]:
+    """What convolutions must share to be computed as one, or something unlike any other's."""
+    plain = not any(conv._reversed_padding_repeated_twice) and conv.groups == 1
+    return conv.weight.shape, conv.stride, conv.dilation, conv.bias is None, plain or conv
 
 
 def _takes_any_axes(layer: nn.Module) -> bool:

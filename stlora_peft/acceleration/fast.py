@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from stlora_peft.backbones.propagation import DENSE_ON_ACCELERATOR, Propagation, PropagationCache, outside_graphs
+from stlora_peft.tuner.layers import STLoraLayer
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _STEPS = ("propagate", "message", "aggregate", "message_and_aggregate")
@@ -23,7 +24,7 @@ class Fast:
 
     Attributes:
         plain: The class that an instance had before, and gets back.
-        is_cell: Whether it computes several layers together, which it reads without calling them.
+        is_cell: Whether it computes several layers together only as long as none of them has an adapter.
     """
 
     plain: ClassVar[type[nn.Module]]
@@ -102,6 +103,18 @@ def ordinary(conv: Any, *aggregations: str) -> bool:
         return False
     hooks = (getattr(conv, f"_{step}_forward{kind}_hooks", None) for step in _STEPS for kind in ("", "_pre"))
     return conv.node_dim == -2 and not conv.explain and conv.decomposed_layers == 1 and not any(hooks)
+
+
+def base_layers(layers: Sequence[nn.Module], *kinds: type) -> list[Any] | None:
+    """The layers without their adapters, whose weights may be used without calling them, or None.
+
+    What the adapters add is then :func:`stlora_peft.tuner.siblings.sibling_updates`.
+    """
+    adapted = [layer for layer in layers if isinstance(layer, STLoraLayer)]
+    if not bare(adapted, *map(type, adapted)) or any(layer.merged and layer.disable_adapters for layer in adapted):
+        return None
+    found = [layer.base_layer if isinstance(layer, STLoraLayer) else layer for layer in layers]
+    return found if bare(found, *kinds) else None
 
 
 def bare(layers: Iterable[nn.Module], *kinds: type) -> bool:

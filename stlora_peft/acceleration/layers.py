@@ -38,6 +38,7 @@ FAST: Final[Mapping[str, tuple[str, str]]] = {
     f"{_TGT}.recurrent.attentiontemporalgcn.A3TGCN": ("temporal", "FastA3TGCN"),
     f"{_TGT}.recurrent.attentiontemporalgcn.A3TGCN2": ("temporal", "FastA3TGCN2"),
     f"{_TGT}.attention.stgcn.STConv": ("blocks", "FastSTConv"),
+    f"{_TGT}.attention.stgcn.TemporalConv": ("blocks", "FastTemporalConv"),
     f"{_TGT}.attention.mstgcn.MSTGCNBlock": ("blocks", "FastMSTGCNBlock"),
     f"{_TGT}.attention.astgcn.ASTGCNBlock": ("blocks", "FastASTGCNBlock"),
     f"{_TGT}.attention.astgcn.ChebConvAttention": ("blocks", "FastChebConvAttention"),
@@ -87,9 +88,9 @@ def accelerate(
         backbone: The network, with or without adapters.
         edge_index: Graph that it is going to see, source above target, to be checked now; optional.
         edge_weight: Weights of the edges; optional.
-        cells: Replace cells and blocks too, not only the graph convolutions in them. A cell computes its gates
-            together only as long as none of them has an adapter, so that an untrained adapter then changes the last
-            digits of a forecast.
+        cells: Replace also what computes several layers together only as long as none of them has an adapter
+            (``TGCN``, ``A3TGCN``, ``DCRNN`` and their relatives, and blocks), so that an untrained adapter changes the
+            last digits of a forecast.
 
     Returns:
         What was replaced, with a method ``undo``.

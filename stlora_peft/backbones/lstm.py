@@ -51,6 +51,7 @@ class LSTMForecaster(Forecaster):
     stlora_spec = BackboneSpec(
         target_modules=("lstm", "head"),
         node_layout={"lstm": "(b n) t c", "head": "b n c"},
+        final_state=("lstm",),
         head=("head",),
     )
 
@@ -75,6 +76,6 @@ class LSTMForecaster(Forecaster):
     def decode(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> Tensor:
         """Read every node's window as one row of the LSTM; the graph is not used."""
         rows = x.transpose(1, 2).flatten(0, 1)  # [(b n) t c]
-        states = self.lstm(rows)[0]
-        change: Tensor = self.head(states[:, -1].reshape(x.shape[0], x.shape[2], -1))  # [b n (t c)]
+        final = self.lstm(rows)[1][0][-1]
+        change: Tensor = self.head(final.reshape(x.shape[0], x.shape[2], -1))  # [b n (t c)]
         return change

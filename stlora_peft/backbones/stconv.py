@@ -27,7 +27,7 @@ class STConv(_UpstreamSTConv):
     r"""torch-geometric-temporal's ``STConv`` without its loop over batch and time.
 
     Arguments, parameters, state dict and numbers are those of the original, up to rounding. A training step is
-    several times faster on a CPU (``benchmarks/stgcn_forward``), because the graph convolution is one call over
+    several times faster on a CPU (``benchmarks/accelerate``), because the graph convolution is one call over
     ``[b t n c]`` that multiplies with a cached matrix.
 
     Args:
@@ -78,16 +78,8 @@ class STConv(_UpstreamSTConv):
             edge_index: Edges, source above target.
             edge_weight: Weights of the edges; all one where absent.
         """
-        hidden = self._temporal_conv1(_channel_major(X)).contiguous()
-        hidden = self._graph_conv(hidden, edge_index, edge_weight)
-        hidden = self._temporal_conv2(_channel_major(hidden).relu())
-        rows = hidden.transpose(1, 2)  # [b n t c]
-        if rows.shape[2] == 1:
-            rows = rows.contiguous()  # torch's gradient of a batch normalisation is wrong for this order in memory
-        normalised: Tensor = self._batch_norm(rows)
+        hidden = self._graph_conv(self._temporal_conv1(X).contiguous(), edge_index, edge_weight)
+        hidden = self._temporal_conv2(hidden.relu())
+        # torch's gradients of a normalisation are wrong where one step is left and the nodes are last in memory
+        normalised: Tensor = self._batch_norm(hidden.transpose(1, 2).contiguous())  # [b n t c]
         return normalised.transpose(1, 2)
-
-
-def _channel_major(x: Tensor) -> Tensor:
-    """The same tensor ``[b t n c]`` with memory in the order ``b c n t``: one copy for three convolutions."""
-    return x.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)

@@ -99,7 +99,7 @@ class FrozenActivations:
     @property
     def num_bytes(self) -> int:
         """Size of what is kept."""
-        return sum(tensor.nbytes for call in self._calls.values() for tensor in call.stored)
+        return sum(tensor.nbytes for call in self._calls.values() for tensor in call.stored if tensor is not None)
 
     def fill(self, starts: Tensor, inputs: Callable[[Tensor], Tensor]) -> None:
         """Compute and keep the outputs for some windows, in place of what was kept before.
@@ -173,16 +173,19 @@ class FrozenActivations:
         counts = self._counts.copy()
         output = forward(*args, **kwargs)
         self._counts = counts  # the calls inside are not made when it is replayed
-        for stored, tensor, axis in zip(call.stored, tensors_of(output), call.axes, strict=False):
+        for stored, tensor, axis in zip(call.stored, tensors_of(output), call.axes, strict=True):
+            if stored is None:
+                continue
             rows = tensor if axis is None else windows_first(tensor, axis, len(self._batch))
             stored[self._batch if axis is not None else slice(None)] = rows.to(stored.dtype)
         return output
 
     def _replay(self, call: Call, *_: Any, **__: Any) -> Any:
-        if not call.needed:
-            return in_form_of(call.output, [self._nothing(*pair) for pair in pairs_of(call)])
         kept = []
         for stored, (tensor, axis) in zip(call.stored, pairs_of(call), strict=True):
+            if stored is None:
+                kept.append(self._nothing(tensor, axis))
+                continue
             rows = stored if axis is None else windows_along(stored[self._batch], axis)
             kept.append(rows.to(tensor.device))
         return in_form_of(call.output, kept)
@@ -196,9 +199,11 @@ class FrozenActivations:
         with torch.no_grad():
             expected = self._replayed(windows)
             for call in self._calls.values():
-                if all(tensor.is_floating_point() for tensor in tensors_of(call.output)):
-                    call.needed = False
-                    call.needed = not all(map(torch.equal, expected, self._replayed(windows)))
+                for part, (tensor, stored) in enumerate(zip(tensors_of(call.output), call.stored, strict=True)):
+                    if tensor.is_floating_point():
+                        call.stored[part] = None
+                        call.needed[part] = not all(map(torch.equal, expected, self._replayed(windows)))
+                        call.stored[part] = stored if call.needed[part] else None
         self._rows = _NO_ROWS
         for call in self._calls.values():
             call.stored = []
@@ -211,19 +216,25 @@ class FrozenActivations:
         """Give every call empty tensors for so many windows, in memory or in files."""
         for call in self._calls.values():
             call.stored = []
-        wanted = [(call, pair, self._shape(*pair, count)) for call in self._needed() for pair in pairs_of(call)]
-        size = sum(tensor.element_size() * shape.numel() for _, (tensor, _), shape in wanted)
+        size = sum(tensor.element_size() * self._shape(tensor, axis, count).numel() for tensor, axis in self._needed())
         self._folder = None if size <= self._limit else tempfile.TemporaryDirectory(prefix="stlora-activations-")
-        for number, (call, (tensor, _), shape) in enumerate(wanted):
-            if self._folder is None:
-                call.stored.append(tensor.new_empty(shape))
-            else:
-                path = str(Path(self._folder.name) / str(number))
-                flat = torch.from_file(path, shared=True, size=shape.numel(), dtype=tensor.dtype)
-                call.stored.append(flat.view(shape))
+        for number, call in enumerate(self._calls.values()):
+            for part, (tensor, axis) in enumerate(pairs_of(call)):
+                shape = self._shape(tensor, axis, count)
+                name = f"{number}-{part}"
+                call.stored.append(self._new(name, tensor, shape) if call.needed[part] else None)
 
-    def _needed(self) -> list[Call]:
-        return [call for call in self._calls.values() if call.needed]
+    def _new(self, name: str, like: Tensor, shape: torch.Size) -> Tensor:
+        """An empty tensor of this shape, in memory or in the file of that name."""
+        if self._folder is None:
+            return like.new_empty(shape)
+        path = str(Path(self._folder.name) / name)
+        return torch.from_file(path, shared=True, size=shape.numel(), dtype=like.dtype).view(shape)
+
+    def _needed(self) -> Iterator[tuple[Tensor, int | None]]:
+        """What is to be stored, each with its windows' axis."""
+        for call in self._calls.values():
+            yield from (pair for pair, needed in zip(pairs_of(call), call.needed, strict=True) if needed)
 
     def _shape(self, tensor: Tensor, axis: int | None, count: int) -> torch.Size:
         """Shape of what is stored of an output for so many windows."""
@@ -236,4 +247,4 @@ class FrozenActivations:
         shape = list(tensor.shape)
         if axis is not None:
             shape[axis] = shape[axis] // self._traced * len(self._batch)
-        return tensor.new_full(shape, torch.nan)
+        return tensor.new_full((), torch.nan).expand(shape)

@@ -14,6 +14,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stlora_peft.tuner.host_layers import STLoraAttention, STLoraEncoderLayer
+from stlora_peft.tuner.recurrent_layers import STLoraRecurrent
+
+_LARGE = (STLoraRecurrent, STLoraAttention, STLoraEncoderLayer)
+"""Adapted layers whose base is worth keeping; reading a product from memory takes about as long as computing it."""
+
 Run = Callable[[Tensor], Any]
 """A model as a function of input windows ``[b t n c]``."""
 
@@ -27,8 +33,8 @@ class Call:
     output: Any = None
     frozen: bool = False
     axes: list[int | None] = field(default_factory=list)
-    needed: bool = True
-    stored: list[Tensor] = field(default_factory=list)
+    needed: list[bool] = field(default_factory=list)
+    stored: list[Tensor | None] = field(default_factory=list)
 
 
 def trace(model: nn.Module, run: Run, windows: Tensor, drifting: set[nn.Module]) -> Call:
@@ -93,7 +99,10 @@ def _windows_axis(tensor: Tensor, fewer: Tensor) -> int | None:
 
 
 def outermost(trace: Call) -> dict[tuple[nn.Module, int], Call]:
-    """Outermost frozen calls, each with how often its module was called before; not those within adapted layers."""
+    """Outermost frozen calls, each with how often its module was called before.
+
+    Of adapted layers only what is more than a product is looked into: recurrent layers, attention and the like.
+    """
     found: dict[tuple[nn.Module, int], Call] = {}
     counts: Counter[nn.Module] = Counter()
 
@@ -102,7 +111,7 @@ def outermost(trace: Call) -> dict[tuple[nn.Module, int], Call]:
         counts[call.module] += 1
         if call.frozen:
             found[call.module, number] = call
-        elif not isinstance(call.module, BaseTunerLayer):
+        elif not isinstance(call.module, BaseTunerLayer) or isinstance(call.module, _LARGE):
             for inner in call.inner:
                 visit(inner)
 
@@ -110,6 +119,7 @@ def outermost(trace: Call) -> dict[tuple[nn.Module, int], Call]:
         visit(call)
     for call in found.values():
         call.inner.clear()
+        call.needed = [True] * len(call.axes)
     return found
 
 

@@ -109,6 +109,42 @@ def _nodewise(x: Tensor, weight: Tensor, node: int, channel: int) -> Tensor:
     return out.reshape(*free, out.shape[-1]).movedim((0, -1), (node, channel))
 
 
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    r"""``conv1d`` or ``conv2d`` without padding, in the order in which the input lies in memory.
+
+    A tensor ``[b t n c]`` that is viewed as ``[b c n t]`` has its channels last with the spatial axes in the other
+    order. torch would copy it; with both axes swapped, in the weight too, it need not.
+
+    Args:
+        x: Input, shape :math:`(B, F_{in}, *)`.
+        weight: Kernels, shape :math:`(F_{out}, F_{in}, *K)`.
+        bias: Additive bias, shape :math:`(F_{out})`, or None.
+        stride: Step along each axis of the kernel.
+        dilation: Spacing of the kernel along each of its axes.
+
+    Returns:
+        Tensor of shape :math:`(B, F_{out}, *)`.
+
+    Example:
+        >>> x = torch.arange(6.0).reshape(1, 6, 1, 1).permute(0, 3, 2, 1)  # [b t n c] as [b c n t]
+        >>> convolve(x, torch.ones(1, 1, 1, 3), None, (1, 1), (1, 1)).flatten()
+        tensor([ 3.,  6.,  9., 12.])
+    """
+    if weight.ndim == 3:
+        return F.conv1d(x, weight, bias, tuple(stride), 0, tuple(dilation))
+    if x.ndim == 4 and _swapped_channels_last(x):
+        if weight.shape[2:] == (1, 1) and tuple(stride) == (1, 1):
+            return F.linear(x.permute(0, 3, 2, 1), weight[:, :, 0, 0], bias).permute(0, 3, 2, 1)
+        x, weight = x.transpose(2, 3), weight.transpose(2, 3)
+        return F.conv2d(x, weight, bias, tuple(stride)[::-1], 0, tuple(dilation)[::-1]).transpose(2, 3)
+    return F.conv2d(x, weight, bias, tuple(stride), 0, tuple(dilation))
+
+
+def _swapped_channels_last(x: Tensor) -> bool:
+    """Whether a tensor ``[b c n t]`` lies in memory as ``[b t n c]``."""
+    return x.permute(0, 3, 2, 1).is_contiguous() and not x.is_contiguous()
+
+
 def full_conv(
     x: Tensor, weight: Tensor, node: int, channel: int, stride: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:

@@ -38,9 +38,17 @@ class STLoraGraphConv(STLoraLayer):
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Run the convolution and add the updates; edges and the rest pass through."""
         edges = args[0] if args else kwargs.get("edge_index")
+        self.check_graph(x, edges)
+        return super().forward(x, *args, **kwargs)
+
+    def check_graph(self, x: Any, edges: Any) -> None:
+        """Refuse folded rows that are not a union of equal graphs of the active adapters' nodes.
+
+        Raises:
+            ValueError: If an edge joins two graphs.
+        """
         if not self.disable_adapters and isinstance(edges, Tensor) and edges.dtype == torch.long:
             self._check_union(x, edges)
-        return super().forward(x, *args, **kwargs)
 
     def _root(self, x: Any) -> Tensor:
         """Features of the receiving nodes."""

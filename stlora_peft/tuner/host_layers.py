@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stlora_peft.tuner.functional import full_conv, full_update
+from stlora_peft.tuner.functional import convolve, full_conv, full_update
 from stlora_peft.tuner.layers import STLoraLayer
 from stlora_peft.tuner.layout import Layout
 
@@ -85,8 +85,7 @@ class STLoraConv(STLoraLayer):
         return F.pad(z, padding, mode="constant" if mode == "zeros" else mode)
 
     def _down(self, z: Tensor, weight: Tensor) -> Tensor:
-        conv = F.conv1d if weight.ndim == 3 else F.conv2d
-        return conv(self._pad(z), weight, None, self._conv.stride, 0, self._conv.dilation)
+        return convolve(self._pad(z), weight, None, self._conv.stride, self._conv.dilation)
 
     def _down_full(self, z: Tensor, weight: Tensor, layout: Layout, num_nodes: int) -> Tensor:
         conv, first = self._conv, self.channel(z.ndim) + 1
@@ -100,7 +99,7 @@ class STLoraConv(STLoraLayer):
 
     def _up(self, u: Tensor, weight: Tensor) -> Tensor:
         spatial = len(self._conv.kernel_size)
-        return (F.conv1d if spatial == 1 else F.conv2d)(u, weight[(...,) + (None,) * spatial])
+        return convolve(u, weight[(...,) + (None,) * spatial], None, (1,) * spatial, (1,) * spatial)
 
 
 class STLoraAttention(STLoraLayer):

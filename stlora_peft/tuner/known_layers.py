@@ -7,6 +7,8 @@ from typing import Final
 
 from torch import nn
 
+from stlora_peft.tuner.node_bound import spec_of
+
 _TGT = "torch_geometric_temporal.nn"
 _PYG = "torch_geometric.nn.conv"
 _ROWS = "... (b n) c"
@@ -19,6 +21,25 @@ KNOWN_LAYOUTS: Final[Mapping[str, Mapping[str, str]]] = {
     f"{_PYG}.gcn_conv.GCNConv": {"lin": _ROWS},
     f"{_PYG}.cheb_conv.ChebConv": {"lins": _ROWS},
 }
+
+
+def layer_layout(model: nn.Module, node_layout: Mapping[str, str], key: str) -> str | None:
+    """Axis pattern of the input of the layer ``key``: what the user says, else the backbone, else its known class.
+
+    Args:
+        model: The backbone.
+        node_layout: What the user says: name of a layer, or its last parts, to a pattern.
+        key: Full name of the layer.
+
+    Returns:
+        The pattern, or None where nobody says it.
+    """
+    spec = spec_of(model)
+    for patterns in (node_layout, spec.node_layout if spec else {}):
+        for name, pattern in patterns.items():
+            if key == name or key.endswith(f".{name}"):
+                return pattern
+    return known_layout(model, key)
 
 
 def known_layout(model: nn.Module, key: str) -> str | None:

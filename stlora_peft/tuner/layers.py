@@ -6,18 +6,18 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from stlora_peft.errors import message
 from stlora_peft.tuner.conditioning import FACTOR_NAMES, condition, factor_shapes, new_factor
 from stlora_peft.tuner.config import STLoraConfig
-from stlora_peft.tuner.functional import Dropout, delta_weight, full_update, project
+from stlora_peft.tuner.functional import Dropout, full_update, project
 from stlora_peft.tuner.layout import Layout, check_layout, infer_layout, parse_layout
-from stlora_peft.tuner.nodes import AdapterModule, NodeTable, check_mergeable
+from stlora_peft.tuner.merging import MergingLayer
+from stlora_peft.tuner.nodes import NodeTable
 
 
-class STLoraLayer(AdapterModule):
+class STLoraLayer(MergingLayer):
     r"""A layer with a node-conditioned low-rank update; subclasses say what it is multiplied with.
 
     .. math:: y_i = f(x)_i + \tfrac{\alpha}{r} B A_i z_i
@@ -41,8 +41,8 @@ class STLoraLayer(AdapterModule):
         "nall_dropout",
         "node_table",
     )
-    mergeable = False
     default_layout: str | None = None
+    final_state = False  # whether the backbone reads nothing but the final hidden state of a recurrent layer
     inner: str | None = None  # part of the layer that holds its adapters, where they are not wrapped around it
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
@@ -100,14 +100,6 @@ class STLoraLayer(AdapterModule):
     def _up(self, u: Tensor, weight: Tensor) -> Tensor:
         """Shared projection B u, axes kept."""
         return project(u, weight)
-
-    def _root_weight(self) -> Tensor:
-        """Weight that a shared update is merged into."""
-        return cast(Tensor, self.get_base_layer().weight)
-
-    def _set_root_weight(self, value: Tensor) -> None:
-        """Put values into that weight."""
-        self._root_weight().data = value
 
     # -- adapters ---------------------------------------------------------------------------------------
 
@@ -167,18 +159,32 @@ class STLoraLayer(AdapterModule):
         Raises:
             ValueError: If the nodes are not where the layout says, or cannot be found.
         """
+        return self.update_with(self.scaled_factors(adapter_name), z, adapter_name)
+
+    def scaled_factors(self, adapter_name: str) -> dict[str, Tensor]:
+        """The adapter's tensors by factor name, the scale of the update in ``B``."""
         factors = self.factors(adapter_name)
+        return factors | {"B": factors["B"] * self.scaling[adapter_name]}
+
+    def update_with(self, factors: dict[str, Tensor], z: Tensor, adapter_name: str) -> Tensor:
+        """Compute an update from these factors, which may be those of several layers side by side; see :meth:`update`.
+
+        Args:
+            factors: Factors of the adapter's form, ``B`` scaled.
+            z: Input of the update.
+            adapter_name: Adapter whose layout, dropout and node vectors are taken.
+        """
         z = self.nall_dropout[adapter_name](self._cast_input_dtype(z, factors["B"].dtype))
         if not self.cast_input_dtype_enabled:  # inside PEFT's disable_input_dtype_casting the input decides
             factors = {name: factor.to(z.dtype) for name, factor in factors.items()}
-        up = factors["B"] * self.scaling[adapter_name]
+        up = factors["B"]
         if self.conditioning[adapter_name] == "shared":
             return self._up(self._down(z, factors["A"]), up)
         layout, num_nodes = self._checked_layout(z, adapter_name), self.num_nodes[adapter_name]
         if self.conditioning[adapter_name] == "full":
             u = self._down_full(z, factors["A"], layout, num_nodes)
         else:
-            down = factors.get("A", z.new_zeros(self.r[adapter_name], *self.in_shape))  # a node bias has no A
+            down = factors["A"] if "A" in factors else z.new_zeros(up.shape[1], *self.in_shape)  # a node bias has none
             view, node, channel = layout.split(self._down(z, down), num_nodes)
             table = self.node_table.get(adapter_name)
             embedding = None if table is None else partial(table.vectors, adapter_name)
@@ -223,69 +229,16 @@ class STLoraLayer(AdapterModule):
         if self.disable_adapters and self.merged:
             self.unmerge()
         out = cast(Tensor, self.base_layer(x, *args, **kwargs))
-        if self.disable_adapters or self.merged:
-            return out
-        update = self._active_updates(self._root(x))
+        update = self.active_update(self._root(x))
         return out if update is None else self._sum(out, update)
+
+    def active_update(self, z: Tensor) -> Tensor | None:
+        """Sum of the updates that are in force and not merged, or None; ``z`` as of :meth:`update`."""
+        return None if self.disable_adapters or self.merged else self._active_updates(z)
 
     def _sum(self, out: Any, update: Tensor) -> Tensor:
         """Output of the wrapped layer with an update."""
         return cast(Tensor, out + update.to(out.dtype))
-
-    # -- merging ----------------------------------------------------------------------------------------
-
-    def merge_refusal(self, adapter_name: str) -> str | None:
-        """Why the adapter cannot be folded into this layer's weights, or None."""
-        if self.conditioning.get(adapter_name, "shared") != "shared":
-            form = self.conditioning[adapter_name]
-            return f"its update depends on the node (conditioning='{form}'): one weight cannot hold N of them"
-        if self.mergeable:
-            return None
-        return f"{type(self.get_base_layer()).__name__} has no weight that equals the update"
-
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """Dense update of a shared adapter, in the shape of the weight that it is merged into."""
-        factors = self.factors(adapter_name)
-        return delta_weight(factors["B"], factors["A"], self.scaling[adapter_name])
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold shared adapters into the wrapped layer's weights.
-
-        Args:
-            safe_merge: Refuse a result that is not finite.
-            adapter_names: Adapters to fold; the active ones by default.
-
-        Raises:
-            ValueError: If an adapter depends on the node, or the result is not finite. Nothing is changed then.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.nall_B]
-        if names:
-            self._set_root_weight(self.merged_weight(names, safe_merge))
-            self.merged_adapters.extend(names)
-
-    def merged_weight(self, adapter_names: list[str], safe_merge: bool = False) -> Tensor:
-        """Compute the wrapped layer's weight with adapters folded in; arguments and errors as of :meth:`merge`."""
-        for name in adapter_names:
-            check_mergeable(self.merge_refusal(name), name, self.name)
-        merged = self._root_weight().data
-        for name in adapter_names:
-            merged = merged + self.get_delta_weight(name).to(merged.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(
-                    message(
-                        f"adapter '{name}' cannot be merged into '{self.name}'",
-                        expected="finite weights",
-                        got="NaN or infinity",
-                        fix="train the adapter again with a smaller learning rate",
-                    )
-                )
-        return merged
-
-    def unmerge(self) -> None:
-        """Take merged adapters out of the wrapped layer's weights again; nothing happens if there are none."""
-        while self.merged_adapters:
-            weight = self._root_weight().data
-            self._set_root_weight(weight - self.get_delta_weight(self.merged_adapters.pop()).to(weight.dtype))
 
     def __getattr__(self, name: str) -> Any:
         """Forward what the backbone asks of its layer, e.g. ``hidden_size``."""

@@ -21,10 +21,11 @@ from stlora_peft.tuner.bare_layers import STLoraGCLSTM
 from stlora_peft.tuner.config import STLoraConfig
 from stlora_peft.tuner.guards import check_backbone_config, check_cached_graphs, check_names
 from stlora_peft.tuner.hosts import host_class
-from stlora_peft.tuner.known_layers import known_layout
+from stlora_peft.tuner.known_layers import layer_layout
 from stlora_peft.tuner.layers import STLoraLayer
+from stlora_peft.tuner.merging import check_mergeable
 from stlora_peft.tuner.node_bound import NodeBoundLayer, find_module, spec_of
-from stlora_peft.tuner.nodes import TABLE_ATTRIBUTE, NodeTable, check_mergeable
+from stlora_peft.tuner.nodes import TABLE_ATTRIBUTE, NodeTable
 from stlora_peft.tuner.predictor import (
     ATTRIBUTE,
     PredictorLayer,
@@ -130,20 +131,14 @@ class STLoraModel(PreparingTuner):
             config,
             r=layer_rank(config, current_key),
             lora_alpha=config.alpha_pattern.get(alpha_key, config.lora_alpha or 0.0),
-            layout=self._layout(config, current_key, layer),
+            layout=layer_layout(self.model, config.node_layout, current_key) or layer.default_layout,
         )
         if layer is not target:
+            spec = spec_of(self.model)
+            layer.final_state = spec is not None and current_key in spec.final_state
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
-
-    def _layout(self, config: STLoraConfig, key: str, layer: STLoraLayer) -> str | None:
-        spec = spec_of(self.model)
-        for patterns in (config.node_layout, spec.node_layout if spec else {}):
-            for name, pattern in patterns.items():
-                if key == name or key.endswith(f".{name}"):
-                    return pattern
-        return known_layout(self.model, key) or layer.default_layout
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Replace a module under every parent that holds it."""

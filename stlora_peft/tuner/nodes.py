@@ -6,7 +6,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from stlora_peft.errors import message
 from stlora_peft.tuner.conditioning import factor_dtype
 
 TABLE_ATTRIBUTE = "stlora_nodes"
@@ -87,16 +86,3 @@ class NodeTable(CityModule):
         """Vectors of an adapter, shape (N, emb_size)."""
         table: Tensor = self.nall_emb[adapter_name]
         return table
-
-
-def check_mergeable(refusal: str | None, adapter_name: str, where: str) -> None:
-    """Raise if there is a reason not to merge."""
-    if refusal:
-        raise ValueError(
-            message(
-                f"adapter '{adapter_name}' cannot be merged into '{where}'",
-                expected="an update that is the same for every node (conditioning='shared')",
-                got=refusal,
-                fix="keep the adapter beside the backbone: call the model as it is, or unload() to get the backbone",
-            )
-        )

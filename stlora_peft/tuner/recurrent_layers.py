@@ -17,7 +17,8 @@ class STLoraRecurrent(STLoraLayer):
     .. math:: y_{i,t} = h_{i,t} + \tfrac{\alpha}{r} B A_i h_{i,t}
 
     The recurrence itself is untouched. The last layer's final hidden state gets the same update, so that it
-    still equals the last output; the LSTM's cell state is returned as it is.
+    still equals the last output; the LSTM's cell state is returned as it is. Where the backbone reads nothing but the
+    final hidden state, as its ``stlora_spec`` says, only that is updated and the output is None.
     """
 
     @staticmethod
@@ -48,12 +49,21 @@ class STLoraRecurrent(STLoraLayer):
                 )
             )
         out, state = self.base_layer(x, *args, **kwargs)
-        update = self._active_updates(out)
+        hidden = state[0] if isinstance(state, tuple) else state
+        read = self._ends(out, hidden) if self.final_state else out
+        update = self._active_updates(read)
         if update is None:
             return out, state
-        out = out + update.to(out.dtype)
-        hidden = self._final_hidden(out, state[0] if isinstance(state, tuple) else state)
-        return out, (hidden, *state[1:]) if isinstance(state, tuple) else hidden
+        read = read + update.to(read.dtype)
+        hidden = self._final_hidden(read, hidden)
+        return None if self.final_state else read, (hidden, *state[1:]) if isinstance(state, tuple) else hidden
+
+    def _ends(self, out: Tensor, hidden: Tensor) -> Tensor:
+        """The steps of the output that the final hidden state is made of."""
+        time = 1 if self._rnn.batch_first else 0
+        if not self._rnn.bidirectional:
+            return hidden[-1].unsqueeze(time)
+        return torch.stack([out.select(time, 0), out.select(time, -1)], time)
 
     def _final_hidden(self, out: Tensor, hidden: Tensor) -> Tensor:
         """Put the last layer's updated final output into the hidden state."""

@@ -16,6 +16,8 @@ class BackboneSpec:
         target_modules: Names of the layers that are adapted unless the user names others.
         node_layout: Name suffix of a layer to the axis pattern of its input, e.g. ``{"lstm": "(b n) t c"}``.
         node_bound: Names of the modules whose tensors have one entry for each node.
+        final_state: Full names of recurrent layers of which only the final hidden state is read: an adapter updates no
+            other step, and the layer returns None in the place of its outputs.
         head: Names of the layers that make the forecast from the last hidden state.
         input_layout: Axis pattern of the first argument of ``forward``.
         output_layout: Axis pattern of the forecast.
@@ -28,6 +30,7 @@ class BackboneSpec:
     target_modules: tuple[str, ...]
     node_layout: Mapping[str, str] = field(default_factory=dict)
     node_bound: tuple[str, ...] = ()
+    final_state: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     input_layout: str = "b t n c"
     output_layout: str = "b t n c"
