@@ -17,6 +17,7 @@ from stlora_peft.tuner.probe import find_layouts
 from stlora_peft.tuner.reestimation import reestimate
 from stlora_peft.tuner.registration import register
 from stlora_peft.tuner.spec import BackboneSpec
+from stlora_peft.tuner.subset import node_subset
 
 try:
     __version__ = version("stlora-peft")
@@ -35,6 +36,7 @@ __all__ = [
     "decelerate",
     "find_layouts",
     "fingerprint",
+    "node_subset",
     "rebuild",
     "reestimate",
     "register_host_layer",

@@ -41,6 +41,8 @@ class MovingAverage(TrainerCallback):
 
     Attributes:
         tensors: The average of every tensor that training changes, floats in at least float32, others as they are.
+        stepped: Says which rows of a parameter the last step changed and how many steps each has made, or None where
+            it may have changed all of them. A row's average counts its own steps :math:`t`.
 
     References:
         Averaging of iterates: Polyak and Juditsky, SIAM J. Control Optim. 30(4), 1992.
@@ -49,13 +51,16 @@ class MovingAverage(TrainerCallback):
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self.tensors: dict[str, torch.Tensor] = {}
+        self.stepped: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None] = lambda parameter: None
         self._live: dict[str, torch.Tensor] = {}
+        self._parameters: dict[str, torch.Tensor] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin with the state that training begins with, unless a checkpoint has brought an average."""
         self._live = trainable_state(kwargs["model"])
+        self._parameters = dict(kwargs["model"].named_parameters())
         if not self.tensors:
             self.tensors = {name: _wide(tensor.detach()).clone() for name, tensor in self._live.items()}
 
@@ -65,10 +70,19 @@ class MovingAverage(TrainerCallback):
         """Take in the state after a step."""
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         for name, tensor in self._live.items():
-            if tensor.is_floating_point():
+            rows = self.stepped(self._parameters[name]) if name in self._parameters else None
+            if rows is not None:
+                self._average_rows(self.tensors[name], tensor, *rows)
+            elif tensor.is_floating_point():
                 self.tensors[name].lerp_(_wide(tensor.detach()), 1 - decay)
             else:
                 self.tensors[name].copy_(tensor)
+
+    def _average_rows(self, average: torch.Tensor, live: torch.Tensor, ids: torch.Tensor, steps: torch.Tensor) -> None:
+        """Take in the rows that have made a step."""
+        new = _wide(live.detach()[ids])
+        decay = ((1 + steps) / (10 + steps)).clamp(max=self.decay).to(new.dtype)
+        average[ids] = average[ids].lerp_(new, 1 - decay.reshape(-1, *[1] * (new.ndim - 1)))
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:

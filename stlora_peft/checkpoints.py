@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +70,7 @@ def signature(model: nn.Module, data: CityData, options: TrainingOptions) -> dic
             digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     shapes = {name: list(tensor.shape) for name, tensor in trainable_state(model).items()}
     return {
-        "options": {name: value for name, value in asdict(options).items() if name not in _MAY_CHANGE},
+        "options": options.chosen(*_MAY_CHANGE),
         "city": {"name": data.city.name, "nodes": data.city.num_nodes, "windows": len(options.windows(data))},
         "scaler": data.scaler.to_dict(),
         "trained tensors": shapes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -136,7 +136,7 @@ def adaptation_data(saved: SavedBackbone, city: City, days: float | None) -> Cit
 
 def _settings(saved: SavedBackbone, city: City, options: TrainingOptions, learning_rates: Sequence[float]) -> str:
     """Hash everything that the rows of one table must share."""
-    shared = {name: value for name, value in asdict(options).items() if name not in _NOT_SHARED}
+    shared = options.chosen(*_NOT_SHARED)
     return hash_with_city([saved.fingerprint, saved.time_features, shared, list(learning_rates)], city)
 
 

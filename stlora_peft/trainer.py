@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
@@ -19,14 +21,14 @@ from stlora_peft.checkpoints import (
     save_checkpoint,
     signature,
 )
-from stlora_peft.data import CityData
+from stlora_peft.data import CityData, Windows
 from stlora_peft.errors import message
 from stlora_peft.evaluation import Replaying, evaluate, no_replay
 from stlora_peft.frozen import FrozenActivations
-from stlora_peft.metrics import masked_mae
+from stlora_peft.metrics import Metrics, masked_mae
 from stlora_peft.training import TrainingOptions
 
-_TRACED = 3
+TRACED = 3
 """Windows that the frozen part is found with."""
 
 
@@ -68,6 +70,8 @@ class CityTrainer(Trainer):
         watchers: Every callback, ``average`` and ``best`` among them.
     """
 
+    optimizer_class: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+
     def __init__(
         self,
         model: nn.Module,
@@ -80,12 +84,13 @@ class CityTrainer(Trainer):
         best: KeepBest,
         watchers: list[TrainerCallback],
     ) -> None:
-        optimizer = torch.optim.AdamW(parameter_groups(model, options), lr=options.learning_rate)
+        optimizer = self.optimizer_class(parameter_groups(model, options), lr=options.learning_rate)
+        batches, batch_size = self._batches(data, options)
         super().__init__(
             model=model,
-            args=_arguments(options, folder, keep),
+            args=_arguments(options, folder, keep, batch_size),
             data_collator=_as_it_is,
-            train_dataset=options.windows(data),
+            train_dataset=batches,
             eval_dataset=None if options.patience is None else data.val,
             callbacks=[*watchers, KeepNewest()],
             optimizers=(optimizer, None),
@@ -118,6 +123,10 @@ class CityTrainer(Trainer):
         copy_state(final, self._forecaster)
         self._forecaster.eval()
 
+    def _batches(self, data: CityData, options: TrainingOptions) -> tuple[Dataset[Any], int]:
+        """What is trained on, and how many of its items are in a batch."""
+        return options.windows(data), options.batch_size
+
     def _complete(self) -> bool:
         """Whether the checkpoint was written after the last step."""
         if self._options.max_steps is not None:
@@ -129,11 +138,11 @@ class CityTrainer(Trainer):
         validation = [] if self._options.patience is None else [self._data.val]
         parts = [self._options.windows(self._data), *validation]
         starts = torch.cat([part.starts for part in parts]).unique()
-        if len(starts) < _TRACED:
+        if len(starts) < TRACED:
             return
         self._forecaster.train()
         self._set_still()
-        frozen = FrozenActivations(self._forecaster, self._forecast_scaled, parts[0].inputs(_spread(starts, _TRACED)))
+        frozen = FrozenActivations(self._forecaster, self._forecast_scaled, parts[0].inputs(spread(starts, TRACED)))
         self._still += frozen.still
         if self._options.cache_frozen:
             frozen.fill(starts, parts[0].inputs)
@@ -169,11 +178,25 @@ class CityTrainer(Trainer):
     ) -> Any:
         """Return the masked MAE of a batch in the city's units."""
         self._set_still()
-        with self._replaying(inputs["start"]):
-            scaled = model(inputs["x"], *self._edges)
-        forecast = self._data.scaler.inverse(scaled.float())
+        forecast = self._data.scaler.inverse(self._forecast_batch(model, inputs).float())
         loss = masked_mae(forecast, inputs["y"])
         return (loss, forecast) if return_outputs else loss
+
+    def _forecast_batch(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Forecast a batch, scaled."""
+        with self._replaying(inputs["start"]):
+            scaled: torch.Tensor = model(inputs["x"], *self._edges)
+        return scaled
+
+    def _errors(self, windows: Windows) -> Metrics:
+        """Errors over all windows."""
+        return evaluate(
+            self._forecaster,
+            windows,
+            self._data,
+            batch_size=self._options.eval_batch_size,
+            replaying=self._replaying,
+        )
 
     def evaluate(
         self,
@@ -184,14 +207,7 @@ class CityTrainer(Trainer):
         """Return the masked MAE over all windows; the Trainer's own loop would average over batches."""
         windows = eval_dataset or self._data.val
         with self._average.applied(self._forecaster):
-            errors = evaluate(
-                self._forecaster,
-                windows,
-                self._data,
-                batch_size=self._options.eval_batch_size,
-                replaying=self._replaying,
-            )
-            metrics = {f"{metric_key_prefix}_mae": errors.mae}
+            metrics = {f"{metric_key_prefix}_mae": self._errors(windows).mae}
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -206,13 +222,13 @@ class CityTrainer(Trainer):
         """Leave the model as it is: :meth:`run` has loaded what :meth:`save_model` wrote."""
 
 
-def _arguments(options: TrainingOptions, folder: Path, keep: bool) -> TrainingArguments:
+def _arguments(options: TrainingOptions, folder: Path, keep: bool, batch_size: int) -> TrainingArguments:
     """Translate the options for the Trainer; whatever is not said here would be slow, noisy or sent somewhere."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=options.max_epochs,
         max_steps=options.max_steps or -1,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=options.eval_batch_size,
         learning_rate=options.learning_rate,
         lr_scheduler_type="constant",
@@ -237,7 +253,7 @@ def _arguments(options: TrainingOptions, folder: Path, keep: bool) -> TrainingAr
     return arguments
 
 
-def _spread(starts: torch.Tensor, count: int) -> torch.Tensor:
+def spread(starts: torch.Tensor, count: int) -> torch.Tensor:
     """So many of the starts, evenly over all of them."""
     return starts[torch.linspace(0, len(starts) - 1, count).long()]
 

@@ -7,9 +7,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 from stlora_peft.allocator import keeping_freed_memory
 from stlora_peft.data import CityData, Windows
 from stlora_peft.errors import message
-from stlora_peft.evaluation import check_fit, window_batches
+from stlora_peft.evaluation import check_fit
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -45,6 +45,10 @@ class TrainingOptions:
         cache_frozen: Keep what the frozen part of a model computes for each window instead of computing it at every
             pass, see :class:`stlora_peft.frozen.FrozenActivations`. It makes no difference to the result but that of
             rounding.
+        nodes_per_step: Train and validate on parts of the graph of at most so many nodes each, in place of the whole
+            graph: a step is some windows of one part, and a pass meets every window at every node. What is frozen is
+            computed at every pass then. See :mod:`stlora_peft.sampling`.
+        hops: How far around a part the nodes that its own hear are computed too.
         mixed_precision: Number format of the forward pass: ``"no"`` (float32), ``"bf16"`` or ``"fp16"``.
         progress: Draw a progress bar on standard error.
 
@@ -67,6 +71,8 @@ class TrainingOptions:
     ema_decay: float = 0.98
     seed: int = 0
     cache_frozen: bool = True
+    nodes_per_step: int | None = None
+    hops: int = 2
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     progress: bool = True
 
@@ -81,6 +87,15 @@ class TrainingOptions:
         steps = f"{self.max_epochs} epochs" if self.max_steps is None else f"{self.max_steps} steps"
         return steps if self.patience is None else f"{steps}, patience {self.patience}"
 
+    def chosen(self, *without: str) -> dict[str, Any]:
+        """Return the options by name; those of the parts only where the graph has parts.
+
+        Args:
+            without: Names to leave out.
+        """
+        unused = ("nodes_per_step", "hops") if self.nodes_per_step is None else ()
+        return {name: value for name, value in asdict(self).items() if name not in (*without, *unused)}
+
     def windows(self, data: CityData) -> Windows:
         """Choose the windows that are trained on: all given ones where nothing validates."""
         return data.given if self.patience is None else data.train
@@ -89,10 +104,10 @@ class TrainingOptions:
         """Check every range."""
         for name in ("max_epochs", "batch_size", "eval_batch_size"):
             self._require(name, getattr(self, name) >= 1, f"{name} >= 1")
-        for name in ("patience", "max_steps"):
+        for name in ("patience", "max_steps", "nodes_per_step"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, f"{name} >= 1, or None")
-        for name in ("weight_decay", "max_grad_norm", "seed"):
+        for name in ("weight_decay", "max_grad_norm", "seed", "hops"):
             self._require(name, getattr(self, name) >= 0, f"{name} >= 0")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "0 <= ema_decay < 1")
         self._require("learning_rate", self.learning_rate > 0, "learning_rate > 0")
@@ -187,9 +202,11 @@ def train(
         MovingAverage,
         ProgressBar,
     )  # these need the Trainer, which is slow to import
+    from stlora_peft.sampling.trainer import PartTrainer
     from stlora_peft.trainer import CityTrainer
 
     options = options or TrainingOptions()
+    trainer_class = CityTrainer if options.nodes_per_step is None else PartTrainer
     _check_trainable(model, data, options)
     best, average = KeepBest(options.patience), MovingAverage(options.ema_decay)
     began = time.perf_counter()
@@ -203,7 +220,7 @@ def train(
             watchers.append(stack.enter_context(ProgressBar()))
         stack.enter_context(_deterministic())
         stack.enter_context(keeping_freed_memory())
-        trainer = CityTrainer(
+        trainer = trainer_class(
             model, data, options, folder, keep=output_dir is not None, average=average, best=best, watchers=watchers
         )
         trainer.run()
@@ -246,7 +263,7 @@ def _check_trainable(model: nn.Module, data: CityData, options: TrainingOptions)
             )
         )
     for part, windows in [("training", options.windows(data)), *validation]:
-        if not any(bool(torch.isfinite(batch["y"]).any()) for batch in window_batches(windows, 64)):
+        if not any(bool(torch.isfinite(windows[index]["y"]).any()) for index in range(len(windows))):
             raise ValueError(
                 message(
                     f"no {part} window of city '{data.city.name}' has a truth to compare with",

@@ -314,6 +314,16 @@ def test_adapt_says_what_was_trained_and_what_it_weighs(work: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_adapt_and_evaluate_part_by_part(work: Path, tmp_path: Path) -> None:
+    out, parts = tmp_path / "adapter", ["--nodes-per-step", 3, "--hops", 4]
+    found = answer("adapt", work / "away.npz", "--base", work / "base", "--out", out, "--days", 8, *BRIEF, *parts)
+    assert found["training"]["best_val_mae"] <= found["val_mae_before"]
+    rated = [work / "away.npz", "--base", work / "base", "--adapter", out]
+    in_parts, whole = answer("evaluate", *rated, *parts)["test"], answer("evaluate", *rated)["test"]
+    assert in_parts["persistence"]["average"] == pytest.approx(whole["persistence"]["average"])
+    assert in_parts["with adapter"]["average"] == pytest.approx(whole["with adapter"]["average"], rel=1e-4)
+
+
 def test_adapt_without_options_takes_the_defaults_of_the_configuration(work: Path) -> None:
     config = json.loads((work / "adapter" / "adapter_config.json").read_text())
     found = {name: config[name] for name in ("conditioning", "r", "lora_alpha", "lora_dropout", "emb_size")}

@@ -6,7 +6,7 @@ import pytest
 from stlora_peft.data import City, simulate_city
 from stlora_peft.data.conditions import capacity_left, hourly_rules, rain, wander
 from stlora_peft.data.detectors import missing_readings
-from stlora_peft.data.roads import build_roads
+from stlora_peft.data.roads import _neighbour_edges, build_roads
 from stlora_peft.data.traffic import JAM_DENSITY, KINDS, LEAST_SPEED, day_profiles, demand, draw_traits, drive
 
 
@@ -218,6 +218,48 @@ def test_build_roads_network_is_connected_two_way_and_shared_out(character, num_
     np.testing.assert_allclose(np.linalg.norm(roads.heading, axis=1), 1)
 
 
+def edges_by_all_distances(position):
+    """Three nearest places, then the shortest edge between what is reached and what is not, until all is."""
+    num_nodes = len(position)
+    distance = np.linalg.norm(position[:, None] - position, axis=2)
+    np.fill_diagonal(distance, np.inf)
+    linked = np.zeros((num_nodes, num_nodes), dtype=bool)
+    linked[np.arange(num_nodes)[:, None], np.argsort(distance, axis=1)[:, : min(3, num_nodes - 1)]] = True
+    linked |= linked.T
+    while True:
+        reached = np.linalg.matrix_power((linked + np.eye(num_nodes)) / num_nodes, num_nodes)[0] > 0
+        if reached.all():
+            return np.stack(np.nonzero(linked))
+        gap = np.where(reached[:, None] & ~reached, distance, np.inf)
+        source, target = np.unravel_index(gap.argmin(), gap.shape)
+        linked[source, target] = linked[target, source] = True
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2, 3, 4, 9, 30, 70])
+@pytest.mark.parametrize("character", ["radial", "grid"])
+def test_edges_are_those_of_all_distances(character, num_nodes):
+    apart = 0
+    for seed in range(12):
+        roads = build_roads(num_nodes, character, rng(seed))
+        np.testing.assert_array_equal(roads.edge_index, edges_by_all_distances(roads.position))
+        apart += roads.edge_index.shape[1]
+    assert apart or num_nodes == 1
+
+
+def test_edges_join_far_groups_of_places():
+    groups = rng().normal(0, 0.1, (3, 8, 2)) + np.array([[0, 0], [9, 1], [4, 7]])[:, None]
+    edges = _neighbour_edges(groups.reshape(-1, 2))
+    np.testing.assert_array_equal(edges, edges_by_all_distances(groups.reshape(-1, 2)))
+    assert ((edges[0] // 8) != (edges[1] // 8)).sum() == 4  # two links, both ways
+
+
+def test_roads_of_many_nodes_take_no_matrix_of_all_pairs():
+    began = time.perf_counter()
+    roads = build_roads(20_000, "radial", rng())
+    assert time.perf_counter() - began < 10
+    assert 3 * 20_000 <= roads.edge_index.shape[1] < 5 * 20_000
+
+
 def test_drive_matches_a_loop_over_nodes():
     share = 0.9 + 0.5 * rng().random((60, 3))
     flow, density, traits, _roads, wanted, capacity, free = drive_street(share, 0.7 + 0.3 * rng(1).random((60, 3)))
@@ -291,10 +333,18 @@ def test_demand_follows_profile_and_saturation():
     traits = traits_of(8)
     profiles = day_profiles(traits, np.zeros(8), rng())
     minutes = 5 * np.arange(288)  # a Monday
-    wanted = demand(profiles, traits, minutes, rng())
+    wanted = demand(profiles[0][minutes], traits, minutes, rng())
     expected = profiles[0][minutes] * 0.97 * traits.saturation * traits.capacity
     assert np.abs(np.log(wanted / expected)).max() < 0.3
     assert np.corrcoef(wanted.ravel(), expected.ravel())[0, 1] > 0.98
+
+
+def test_profiles_and_rules_at_some_minutes_are_those_of_all():
+    traits = traits_of(900)  # more than are computed together
+    minutes = np.array([0, 5, 1439, 5 * 1440 + 60, 7 * 1440])
+    whole, some = (day_profiles(traits, np.zeros(900), rng(), which) for which in (None, minutes))
+    np.testing.assert_array_equal(some, whole[[0, 0, 0, 1, 0], [0, 5, 1439, 60, 0]])
+    np.testing.assert_array_equal(hourly_rules(9, rng(), np.array([3, 700])), hourly_rules(9, rng())[[3, 700]])
 
 
 def test_hourly_rules_hold_for_the_hours_of_the_node_only():

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stlora_peft.data import City, Scaler, Split, adaptation_split, prepare, pretraining_split
+from stlora_peft.data import City, Scaler, Split, adaptation_split, prepare, pretraining_split, splits
 
 
 def make_city(values):
@@ -246,3 +246,10 @@ def test_prepare_real_cities_have_no_missing_input(shared_data):
         data = prepare(city, adaptation_split(city.num_steps, city.steps_per_day, 3))
         assert data.train.series.isfinite().all()
         assert len(data.test) == len(data.split.test) - 11
+
+
+def test_prepare_fills_gaps_of_some_nodes_at_a_time(monkeypatch):
+    whole = prepared(hourly())
+    monkeypatch.setattr(splits, "_BLOCK", 2)
+    blocks = prepared(hourly())
+    assert torch.equal(blocks.train.series, whole.train.series)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Self
+from collections.abc import Mapping
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,12 @@ class NodeBound(nn.Module):
 
     Attributes:
         num_nodes: Number of nodes that the module was built for.
+        node_axes: Its tensors with an entry for each node, by name with their node axis, where they are all that has
+            to be cut for :func:`stlora_peft.node_subset`; None where the module cannot be cut.
     """
 
     num_nodes: int
+    node_axes: ClassVar[Mapping[str, int] | None] = None
 
     def resized(self, num_nodes: int) -> Self:
         """Copy the module for ``num_nodes`` nodes; with their number unchanged the copy is exact.
@@ -71,6 +75,7 @@ class NoVectors(NodeBound):
     """Nothing, for any number of nodes."""
 
     num_nodes = 0
+    node_axes: ClassVar[Mapping[str, int] | None] = {}
 
     def tensors_for(self, num_nodes: int) -> dict[str, Tensor]:
         """Nothing."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, cast
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +120,8 @@ class AdaptiveEmbedding(NodeBound):
     Shapes:
         - **output:** :math:`(T, N, D)`, whatever the input
     """
+
+    node_axes: ClassVar[Mapping[str, int] | None] = {"weight": 1}
 
     def __init__(self, window: int, num_nodes: int, emb_size: int) -> None:
         super().__init__()

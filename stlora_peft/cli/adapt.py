@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from stlora_peft.cli.files import check_adapter_folder
-from stlora_peft.cli.options import Base, Force, LearningRate, Output, Reading, Seed, Training
+from stlora_peft.cli.options import Base, Force, LearningRate, Output, Parts, Reading, Seed, Training
 from stlora_peft.cli.screen import bold
 from stlora_peft.cli.tables import number, unit
 from stlora_peft.cli.training import Resumable, training_line, training_summary
@@ -92,7 +94,7 @@ class Adapter:
         ),
     ] = False
 
-    def build(self, backbone: nn.Module, data: CityData, seed: int) -> PeftModel:
+    def build(self, backbone: nn.Module, data: CityData, seed: int, parts: Parts) -> PeftModel:
         """Put an untrained adapter on a copy of the backbone."""
         import torch
 
@@ -102,7 +104,7 @@ class Adapter:
         torch.manual_seed(seed)
         settings |= {} if self.predictor else {"predictor": None}
         settings |= FRUGAL if self.frugal else {}
-        return build_adapter(backbone, data, **settings)
+        return build_adapter(backbone, data, parts=parts.of(data), **settings)
 
 
 def adapt(
@@ -111,6 +113,7 @@ def adapt(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the adapter.", show_default=False)],
     adapter: Adapter,
     training: Training,
+    parts: Parts,
     output: Output,
     days: Days = None,
     learning_rate: LearningRate = 3e-3,
@@ -135,7 +138,7 @@ def adapt(
         from stlora_peft.storage import ADAPTER_WEIGHTS, load_backbone, save_adapter
 
         check_adapter_folder(out, force)
-        options = training.options(learning_rate=learning_rate, seed=seed)
+        options = parts.apply(training.options(learning_rate=learning_rate, seed=seed))
         saved = load_backbone(base)
         city = reading.city()
         data = adaptation_data(saved, city, days)
@@ -148,10 +151,11 @@ def adapt(
     checkpoints = Resumable(out, force)
     if no_training:
         with screen.working("fitting the predictor"):
-            model = calibrated(adapter.build(saved.backbone, data, seed), data)
+            model = calibrated(adapter.build(saved.backbone, data, seed, parts), data)
         facts, summary = {"training": "none: the predictor was fitted in closed form"}, {"training": None}
     else:
-        model, facts, summary = _train(screen, checkpoints, adapter, saved.backbone, data, options, refit_steps)
+        build = partial(adapter.build, saved.backbone, data, seed, parts)
+        model, facts, summary = _train(screen, checkpoints, build, data, options, refit_steps)
     save_adapter(out, model)
     checkpoints.delete()
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -182,21 +186,20 @@ def adapt(
 def _train(
     screen: Screen,
     checkpoints: Resumable,
-    adapter: Adapter,
-    backbone: nn.Module,
+    build: Callable[[], PeftModel],
     data: CityData,
     options: TrainingOptions,
     refit_steps: int,
 ) -> tuple[PeftModel, dict[str, str], dict[str, Any]]:
     """Train on a part of the given days and validate, then anew on all of them; what to show of it, and for JSON."""
-    model = adapter.build(backbone, data, options.seed)
+    model = build()
     result = checkpoints.train(screen, "validate", model, data, options, "validate")
     before = result.history[0]["val_mae"]
     after = f"{number(before)} before, {number(result.best_val_mae)} after; {unit(data.city)}"
     facts = {"validation_MAE": after, "validated": training_line(result)}
     refit = None
     if refit_steps:
-        model = adapter.build(backbone, data, options.seed)
+        model = build()
         whole = replace(options, patience=None, max_steps=refit_steps)
         refit = checkpoints.train(screen, "adapt", model, data, whole, "refit")
         facts["all_given_days"] = training_line(refit)

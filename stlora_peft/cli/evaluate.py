@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from stlora_peft.cli.loading import AdapterFolder, load
-from stlora_peft.cli.options import Base, Output, Reading
+from stlora_peft.cli.options import Base, Output, Parts, Reading
 from stlora_peft.cli.tables import errors_table
 
 EXAMPLE = "Example:  stlora evaluate shenzhen-flow.npz --base runs/la --adapter runs/shenzhen"
 
 
-def evaluate(reading: Reading, base: Base, output: Output, adapter: AdapterFolder = None) -> None:
+def evaluate(reading: Reading, base: Base, parts: Parts, output: Output, adapter: AdapterFolder = None) -> None:
     """Measure forecasts on the last 20 % of a city's record: backbone alone, with adapter, and persistence.
 
     Persistence repeats the last reading at every step of the forecast.
     """
     screen = output.screen()
     with screen.working("forecasting the test part"):
-        from stlora_peft import evaluation
-
         loaded = load(reading.city(), base, adapter)
         data, city = loaded.data(), loaded.city
         models = {"backbone alone": loaded.alone()} | ({"with adapter": loaded.adapted} if loaded.adapted else {})
         errors = {
-            "persistence": evaluation.evaluate_persistence(data.test, data),
-            **{name: evaluation.evaluate(model, data.test, data) for name, model in models.items()},
+            "persistence": parts.persistence(data),
+            **{name: parts.errors(model, data) for name, model in models.items()},
         }
     screen.say(errors_table(f"Test errors on {city.name}, {len(data.test):,} windows", errors, city))
     if adapter is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,7 +12,11 @@ from stlora_peft.cli.files import read_list
 from stlora_peft.cli.screen import DEBUG, Screen
 
 if TYPE_CHECKING:
-    from stlora_peft.data import City
+    from torch import nn
+
+    from stlora_peft.data import City, CityData
+    from stlora_peft.metrics import Metrics
+    from stlora_peft.sampling import SubGraph
     from stlora_peft.training import TrainingOptions
 
 _READING, _TRAINING, _OUTPUT = "Reading the city", "Training", "Output"
@@ -160,6 +164,57 @@ class Training:
             batch_size=self.batch_size,
             seed=seed,
         )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Whether a city is taken part by part."""
+
+    nodes_per_step: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Take the graph in parts of at most N nodes, for cities too large for the memory.",
+            rich_help_panel=_TRAINING,
+            show_default="the whole graph",
+        ),
+    ] = None
+    hops: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="With --nodes-per-step: edges around a part within which the other nodes are computed too.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 2
+
+    def apply(self, options: TrainingOptions) -> TrainingOptions:
+        """Train on the parts, where there are any."""
+        return replace(options, nodes_per_step=self.nodes_per_step, hops=self.hops)
+
+    def of(self, data: CityData) -> list[SubGraph] | None:
+        """Parts of a city's graph, or None."""
+        from stlora_peft.sampling import city_parts
+
+        return None if self.nodes_per_step is None else city_parts(data, self.nodes_per_step, self.hops)
+
+    def errors(self, model: nn.Module, data: CityData) -> Metrics:
+        """Errors of a model in the test part of a city."""
+        from stlora_peft.evaluation import evaluate
+        from stlora_peft.sampling import evaluate_parts
+
+        parts = self.of(data)
+        if parts is None:
+            return evaluate(model, data.test, data)
+        return evaluate_parts(model, data.test, data.scaler, parts)
+
+    def persistence(self, data: CityData) -> Metrics:
+        """Errors of persistence there."""
+        from stlora_peft.evaluation import evaluate_persistence
+
+        return evaluate_persistence(data.test, data, batch_size=64 if self.nodes_per_step is None else 1)
 
 
 LearningRate = Annotated[float, typer.Option(metavar="X", help="Step size of AdamW.", rich_help_panel=_TRAINING)]

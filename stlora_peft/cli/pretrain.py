@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from stlora_peft.cli.files import check_new
-from stlora_peft.cli.options import Force, LearningRate, Output, Reading, Seed, Training
+from stlora_peft.cli.options import Force, LearningRate, Output, Parts, Reading, Seed, Training
 from stlora_peft.cli.screen import bold
 from stlora_peft.cli.tables import errors_table
 from stlora_peft.cli.training import Resumable, training_line, training_summary
@@ -21,6 +21,7 @@ def pretrain(
     reading: Reading,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the backbone.", show_default=False)],
     training: Training,
+    parts: Parts,
     output: Output,
     backbone: Annotated[
         str,
@@ -59,11 +60,10 @@ def pretrain(
     with screen.working("reading the city"):
         from stlora_peft.backbones import new_backbone
         from stlora_peft.data import prepare, pretraining_split
-        from stlora_peft.evaluation import evaluate, evaluate_persistence
         from stlora_peft.storage import DESCRIPTION, save_backbone
 
         check_new(out / DESCRIPTION, force)
-        options = training.options(learning_rate=learning_rate, seed=seed)
+        options = parts.apply(training.options(learning_rate=learning_rate, seed=seed))
         city = reading.city()
         data = prepare(city, pretraining_split(city.num_steps), window, horizon, time_features)
         key = "hidden_size" if backbone == "lstm" else "hidden_channels"
@@ -79,7 +79,7 @@ def pretrain(
     save_backbone(out, model, scaler=data.scaler, time_features=time_features, **known)
     checkpoints.delete()
     with screen.working("forecasting the test part"):
-        errors = {"persistence": evaluate_persistence(data.test, data), backbone: evaluate(model, data.test, data)}
+        errors = {"persistence": parts.persistence(data), backbone: parts.errors(model, data)}
     screen.say(errors_table(f"Test errors on {city.name}", errors, city))
     screen.facts(training=training_line(result), backbone=out)
     screen.next("stlora", "adapt", "OTHER-CITY.npz", "--base", out, "--days", 3, "--out", out.parent / "other-city")

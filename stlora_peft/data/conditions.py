@@ -9,20 +9,23 @@ import numpy as np
 from stlora_peft.data.roads import Floats, Ints
 
 
-def hourly_rules(num_nodes: int, rng: np.random.Generator) -> Floats:
+def hourly_rules(num_nodes: int, rng: np.random.Generator, minutes: Ints | None = None) -> Floats:
     """Share of the free speed that the rules of the hour leave: signal plans, speed limits, parking.
 
     Args:
         num_nodes: Number of nodes.
         rng: Source of randomness.
+        minutes: Minutes of the day that are asked for; None for all of them.
 
     Returns:
-        Shares (1440, N) over the minutes of any day: 1, and 0.7 to 0.97 in the node's own 3 to 9 hours, with soft
-        edges since drivers do not change all at once.
+        Shares (1440, N), or (T, N), over the minutes of any day: 1, and 0.7 to 0.97 in the node's own 3 to 9 hours,
+        with soft edges since drivers do not change all at once.
     """
     begin, hours = rng.uniform(0, 24, num_nodes), rng.uniform(3, 9, num_nodes)
     lost = 1 - rng.uniform(0.7, 0.97, num_nodes)
-    from_middle = np.abs((np.arange(1440)[:, None] / 60 - begin - hours / 2 + 12) % 24 - 12)
+    if minutes is None:
+        minutes = np.arange(1440)
+    from_middle = np.abs((minutes[:, None] / 60 - begin - hours / 2 + 12) % 24 - 12)
     rules: Floats = 1 - lost / (1 + np.exp((from_middle - hours / 2) / 0.4))
     return rules
 

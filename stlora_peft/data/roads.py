@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import coo_array, csr_array
+from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
+from scipy.spatial import Delaunay, cKDTree
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -102,26 +105,38 @@ def _headings(position: Floats, character: Character, rng: np.random.Generator) 
 def _neighbour_edges(position: Floats) -> Ints:
     """Both directions between each place and its nearest ones, and whatever it takes to connect all."""
     num_nodes = len(position)
-    distance = np.linalg.norm(position[:, None] - position, axis=2)
-    np.fill_diagonal(distance, np.inf)
-    linked = np.zeros((num_nodes, num_nodes), dtype=bool)
-    nearest = np.argsort(distance, axis=1, kind="stable")[:, : min(NEIGHBOURS, num_nodes - 1)]
-    linked[np.arange(num_nodes)[:, None], nearest] = True
-    linked |= linked.T
-    reached = _reachable(linked)
-    while not reached.all():
-        gap = np.where(reached[:, None] & ~reached, distance, np.inf)
-        source, target = np.unravel_index(gap.argmin(), gap.shape)
-        linked[source, target] = linked[target, source] = True
-        reached = _reachable(linked)
-    return np.stack(np.nonzero(linked)).astype(np.int64)
+    count = min(NEIGHBOURS, num_nodes - 1)
+    nearest = cKDTree(position).query(position, count + 1)[1].reshape(num_nodes, -1)[:, 1:]  # itself comes first
+    pairs = np.stack([np.repeat(np.arange(num_nodes), count), nearest.ravel()])
+    parts, label = _components(pairs, num_nodes)
+    if parts > 1:
+        pairs = np.concatenate([pairs, _bridges(position, label, parts)], axis=1)
+    numbers = np.unique(np.concatenate([pairs[0] * num_nodes + pairs[1], pairs[1] * num_nodes + pairs[0]]))
+    return np.stack([numbers // num_nodes, numbers % num_nodes]).astype(np.int64)
 
 
-def _reachable(linked: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Which nodes can be reached from node 0."""
-    reached = np.zeros(len(linked), dtype=bool)
-    front = np.array([0])
-    while len(front):
-        reached[front] = True
-        front = np.flatnonzero(linked[front].any(axis=0) & ~reached)
-    return reached
+def _components(pairs: Ints, num_nodes: int) -> tuple[int, Ints]:
+    """Number of the parts that are not joined, and the part of each node."""
+    ones = np.ones(pairs.shape[1], dtype=np.int8)
+    parts, label = connected_components(csr_array((ones, tuple(pairs)), shape=(num_nodes, num_nodes)), directed=False)
+    return int(parts), label
+
+
+def _bridges(position: Floats, label: Ints, parts: int) -> Ints:
+    """The shortest edges that join all parts: the least spanning tree of the parts.
+
+    The shortest edge from any set of places to all others is an edge of the Delaunay triangulation.
+    """
+    corners = Delaunay(position).simplices
+    edges = np.concatenate([corners[:, [0, 1]], corners[:, [1, 2]], corners[:, [2, 0]]]).T
+    ends = np.sort(label[edges], axis=0)
+    edges, ends = edges[:, ends[0] != ends[1]], ends[:, ends[0] != ends[1]]
+    length = np.linalg.norm(position[edges[0]] - position[edges[1]], axis=1)
+    order = np.argsort(length, kind="stable")
+    _, first = np.unique(ends[0, order] * parts + ends[1, order], return_index=True)
+    shortest = order[first]  # of the edges between two parts
+    place = coo_array((length[shortest], tuple(ends[:, shortest])), shape=(parts, parts)).tocsr()
+    tree = minimum_spanning_tree(place).tocoo()
+    numbers = ends[0, shortest] * parts + ends[1, shortest]
+    kept = np.isin(numbers, tree.row.astype(np.int64) * parts + tree.col)
+    return edges[:, shortest[kept]]

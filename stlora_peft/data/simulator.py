@@ -158,9 +158,11 @@ def simulate_city(
     streams = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(7)]
     roads = build_roads(num_nodes, character, streams[0])
     traits = draw_traits(_kinds(roads, MIXES[character] if mix is None else mix, streams[1]), streams[1])
-    profiles = day_profiles(traits, roads.tidal, streams[1])
-    rules = hourly_rules(num_nodes, streams[1])
-    speed, vehicles = _traffic(roads, traits, profiles, rules, num_steps, interval, begin, streams[2:4])
+    minutes = _minutes(num_steps, interval, begin)
+    profile = day_profiles(traits, roads.tidal, streams[1], minutes)
+    known, place = np.unique(minutes % 1440, return_inverse=True)
+    rule = hourly_rules(num_nodes, streams[1], known)[place]
+    speed, vehicles = _traffic(roads, traits, profile, rule, minutes, num_steps, interval, streams[2:4])
     readings = _readings(speed, vehicles, quantity, interval, streams[4:])
     return City(
         values=readings.astype(np.float32),
@@ -196,25 +198,34 @@ def _kinds(roads: RoadNetwork, mix: Mapping[str, float], rng: np.random.Generato
     return kinds
 
 
+def _minutes(num_steps: int, interval: int, begin: datetime) -> Ints:
+    """Minutes from a Monday's midnight to each step of the simulation, several to an interval."""
+    step = _step(interval)
+    first = begin.weekday() * 1440 + begin.hour * 60 + begin.minute
+    return first + step * np.arange(num_steps * (interval // step))
+
+
+def _step(interval: int) -> int:
+    """Minutes in a step of the simulation."""
+    return max(minutes for minutes in range(1, 6) if interval % minutes == 0)
+
+
 def _traffic(
     roads: RoadNetwork,
     traits: NodeTraits,
-    profiles: Floats,
-    rules: Floats,
+    profile: Floats,
+    rule: Floats,
+    minutes: Ints,
     num_steps: int,
     interval: int,
-    begin: datetime,
     streams: list[np.random.Generator],
 ) -> tuple[Floats, Floats]:
     """True speed (km/h) and vehicles per step over all lanes, averaged over each interval."""
-    step = max(minutes for minutes in range(1, 6) if interval % minutes == 0)
+    step = _step(interval)
     parts = interval // step
-    first = begin.weekday() * 1440 + begin.hour * 60 + begin.minute
-    minutes = first + step * np.arange(num_steps * parts)
     wet = rain(minutes, streams[1])
     left = capacity_left(len(minutes), len(traits.kind), step, streams[1])
-    wanted = demand(profiles, traits, minutes, streams[0])
-    rule = rules[minutes % 1440]
+    wanted = demand(profile, traits, minutes, streams[0])
     capacity = traits.capacity * left * np.sqrt(rule) * (1 - 0.15 * wet)[:, None]
     free_speed = traits.free_speed * rule * (1 - 0.10 * wet[:, None] * traits.rain)
     flow, density = drive(wanted, capacity, free_speed, traits, roads, step)

@@ -15,6 +15,9 @@ from stlora_peft.errors import message
 
 TEST_SHARE = 0.2
 VALIDATION_SHARE_OF_GIVEN = 0.25
+_BLOCK = (
+    4096  # nodes whose gaps are filled together: what that takes beside the series does not grow with their number
+)
 
 
 @dataclass(frozen=True)
@@ -200,8 +203,13 @@ def model_input(
         - **readings:** :math:`(T, N, C)`; **clock:** :math:`(T, 1, C')` or :math:`(T, N, C')`
         - **output:** :math:`(T, N, C + C')`
     """
-    scaled = scale(carry_forward(readings, window - 1)).nan_to_num(nan=0.0)
-    return torch.cat([scaled, clock.expand(-1, readings.shape[1], -1)], dim=2)
+    clock = clock.expand(-1, readings.shape[1], -1)
+    dtype = torch.promote_types(readings.dtype, clock.dtype)
+    series = readings.new_empty(*readings.shape[:2], readings.shape[2] + clock.shape[2], dtype=dtype)
+    for nodes in (slice(start, start + _BLOCK) for start in range(0, readings.shape[1], _BLOCK)):
+        scaled = scale(carry_forward(readings[:, nodes], window - 1)).nan_to_num(nan=0.0)
+        series[:, nodes] = torch.cat([scaled, clock[:, nodes]], dim=2)
+    return series
 
 
 def prepare(

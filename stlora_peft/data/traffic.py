@@ -15,6 +15,7 @@ JAM_DENSITY = 130.0  # vehicles per km and lane at standstill
 WAVE_SPEED = 15.0  # km/h at which a jam grows backwards
 LEAST_SPEED = 3.0  # km/h
 WEEKDAY_FACTOR = np.array([0.97, 1.0, 1.0, 1.02, 1.05, 1.0, 0.92])  # Monday first
+_BLOCK = 256  # nodes whose days are computed together, in the cache of a processor
 
 
 @dataclass(frozen=True)
@@ -131,48 +132,78 @@ def draw_traits(kind: Ints, rng: np.random.Generator) -> NodeTraits:
     )
 
 
-def day_profiles(traits: NodeTraits, tidal: Floats, rng: np.random.Generator) -> Floats:
+def day_profiles(traits: NodeTraits, tidal: Floats, rng: np.random.Generator, minutes: Ints | None = None) -> Floats:
     """Demand over each minute of a workday and of a weekend day, as a share of the node's peak.
 
     Args:
         traits: Traits of the nodes.
         tidal: 1 for inbound, -1 for outbound roads; shifts weight between morning and afternoon.
         rng: Source of randomness.
+        minutes: Minutes from a Monday's midnight at which alone it is asked for; then the days of many nodes, of which
+            only the peaks count, need no memory.
 
     Returns:
-        Profiles (2, 1440, N) whose largest entry at each node is 1.
+        Profiles (2, 1440, N) whose largest entry at each node is 1; their entries (T, N) at the minutes where given.
     """
-    profiles = np.empty((2, 1440, len(traits.kind)))
+    kinds = list(KINDS.values())
+    members = [np.flatnonzero(traits.kind == number) for number in range(len(kinds))]
+    heights = [_peak_heights(kind, tidal[nodes], rng) for kind, nodes in zip(kinds, members, strict=True)]
+    surge = _daily_surges(len(traits.kind), rng)
+    days = slice(None) if minutes is None else (minutes // 1440 % 7 >= 5).astype(int)
+    rows = slice(None) if minutes is None else minutes % 1440
+    shape = (2, 1440) if minutes is None else (len(minutes),)
+    profiles = np.empty((*shape, len(traits.kind)))
+    for kind, nodes, height in zip(kinds, members, heights, strict=True):
+        for start in range(0, len(nodes), _BLOCK):
+            some = nodes[start : start + _BLOCK]
+            block = _profiles(kind, traits, some, [day[:, start : start + _BLOCK] for day in height])
+            block += _surge(surge[:, some])
+            profiles[..., some] = (block / block.max(axis=(0, 1)))[days, rows]
+    return profiles
+
+
+def _peak_heights(kind: NodeKind, tidal: Floats, rng: np.random.Generator) -> list[Floats]:
+    """Heights of the peaks of a workday and of a weekend day (humps, N) at nodes of one kind."""
+    heights = []
+    for day, humps in enumerate((kind.workday, kind.weekend)):
+        height = np.array([h for _, _, h in humps])[:, None] * np.exp(rng.normal(0, 0.2, (len(humps), len(tidal))))
+        if day == 0:
+            height[0] *= 1 + 0.6 * tidal
+            height[2] *= 1 - 0.6 * tidal
+        heights.append(height)
+    return heights
+
+
+def _profiles(kind: NodeKind, traits: NodeTraits, nodes: Ints, heights: list[Floats]) -> Floats:
+    """Demand over the days (2, 1440, N) of some nodes of one kind, without a surge."""
+    profiles = np.full((2, 1440, len(nodes)), kind.night)
     hours = np.arange(1440)[:, None] / 60
-    for number, kind in enumerate(KINDS.values()):
-        nodes = np.flatnonzero(traits.kind == number)
-        for day, humps in enumerate((kind.workday, kind.weekend)):
-            height = np.array([h for _, _, h in humps])[:, None] * np.exp(rng.normal(0, 0.2, (len(humps), len(nodes))))
-            if day == 0:
-                height[0] *= 1 + 0.6 * tidal[nodes]
-                height[2] *= 1 - 0.6 * tidal[nodes]
-            profiles[day][:, nodes] = kind.night
-            for (centre, width, _), size in zip(humps, height, strict=True):
-                away = (hours - centre - traits.phase_hours[nodes] + 12) % 24 - 12
-                profiles[day][:, nodes] += size * np.exp(-0.5 * (away / (width * traits.stretch[nodes])) ** 2)
-    profiles += _daily_surge(hours, len(traits.kind), rng)
-    peak: Floats = profiles.max(axis=(0, 1))
-    return profiles / peak
+    for day, humps in enumerate((kind.workday, kind.weekend)):
+        for (centre, width, _), size in zip(humps, heights[day], strict=True):
+            away = (hours - centre - traits.phase_hours[nodes] + 12) % 24 - 12
+            profiles[day] += size * np.exp(-0.5 * (away / (width * traits.stretch[nodes])) ** 2)
+    return profiles
 
 
-def _daily_surge(hours: Floats, num_nodes: int, rng: np.random.Generator) -> Floats:
-    """Demand of the school, factory or market next to each node, at its own hour of every day."""
-    centre, width = rng.uniform(6, 21, num_nodes), rng.uniform(0.4, 0.8, num_nodes)
-    height = rng.uniform(0.1, 0.6, num_nodes)
-    surge: Floats = height * np.exp(-0.5 * ((hours - centre) / width) ** 2)
+def _daily_surges(num_nodes: int, rng: np.random.Generator) -> Floats:
+    """Hour, width and height (3, N) of the demand of the school, factory or market next to each node."""
+    return np.stack(
+        [rng.uniform(6, 21, num_nodes), rng.uniform(0.4, 0.8, num_nodes), rng.uniform(0.1, 0.6, num_nodes)]
+    )
+
+
+def _surge(drawn: Floats) -> Floats:
+    """That demand over every day (1440, N)."""
+    centre, width, height = drawn
+    surge: Floats = height * np.exp(-0.5 * ((np.arange(1440)[:, None] / 60 - centre) / width) ** 2)
     return surge
 
 
-def demand(profiles: Floats, traits: NodeTraits, minutes: Ints, rng: np.random.Generator) -> Floats:
+def demand(profile: Floats, traits: NodeTraits, minutes: Ints, rng: np.random.Generator) -> Floats:
     """Vehicles per hour and lane that want to pass each node at each step.
 
     Args:
-        profiles: Result of :func:`day_profiles`.
+        profile: Result of :func:`day_profiles` at the minutes.
         traits: Traits of the nodes.
         minutes: Minutes from a Monday's midnight to each step.
         rng: Source of randomness.
@@ -182,8 +213,7 @@ def demand(profiles: Floats, traits: NodeTraits, minutes: Ints, rng: np.random.G
     """
     day = minutes // 1440
     weekday = day % 7
-    share = profiles[(weekday >= 5).astype(int), minutes % 1440]
-    share *= WEEKDAY_FACTOR[weekday][:, None]
+    share = profile * WEEKDAY_FACTOR[weekday][:, None]
     number = day - day[0]
     days = int(number[-1]) + 1
     mood = rng.normal(0, 0.02, (days, 1)) + rng.normal(0, 0.02, (days, len(traits.kind)))

@@ -99,6 +99,29 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
         steps = starts[:, None] + self.window + torch.arange(self.horizon)
         return {"x": self.inputs(starts), "y": self.targets[steps], "start": starts}
 
+    def of_nodes(self, indices: torch.Tensor, nodes: torch.Tensor, num_core: int) -> dict[str, torch.Tensor]:
+        """Gather a batch of some nodes alone; the others are not touched.
+
+        Args:
+            indices: Numbers of the windows.
+            nodes: Numbers of the nodes.
+            num_core: The first so many of them are to be forecast.
+
+        Returns:
+            ``x`` of shape ``[b t n c]`` for these nodes, ``y`` of shape ``[b t n c]`` for the core, and ``start``.
+
+        Example:
+            >>> series = torch.arange(20.0).reshape(10, 2, 1)
+            >>> windows = Windows(series, series, torch.tensor([0, 3]), window=2, horizon=1)
+            >>> windows.of_nodes(torch.tensor([1]), torch.tensor([1]), 1)["x"].flatten()
+            tensor([7., 9.])
+        """
+        starts = self.starts[indices]
+        past = starts[:, None] + torch.arange(self.window)
+        future = starts[:, None] + self.window + torch.arange(self.horizon)
+        y = self.targets[future[:, :, None], nodes[:num_core]]
+        return {"x": self.series[past[:, :, None], nodes], "y": y, "start": starts}
+
     def at(self, starts: torch.Tensor) -> Windows:
         """Return windows of the same record that begin elsewhere.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from stlora_peft.baselines import Baseline
 from stlora_peft.data import CityData, Windows
 from stlora_peft.errors import message
 from stlora_peft.evaluation import window_batches
+from stlora_peft.sampling import SubGraph, reestimate_parts
 from stlora_peft.tuner.calibration import calibrate
 from stlora_peft.tuner.config import STLoraConfig
 from stlora_peft.tuner.node_bound import rebuild
@@ -78,7 +79,14 @@ class Method:
     baseline: type[Baseline] | None = None
 
 
-def build_adapter(backbone: nn.Module, data: CityData, *, same_city: bool = False, **settings: Any) -> PeftModel:
+def build_adapter(
+    backbone: nn.Module,
+    data: CityData,
+    *,
+    same_city: bool = False,
+    parts: Sequence[SubGraph] | None = None,
+    **settings: Any,
+) -> PeftModel:
     """Put a new ST-LoRA adapter for a city on a copy of a backbone.
 
     Args:
@@ -86,6 +94,7 @@ def build_adapter(backbone: nn.Module, data: CityData, *, same_city: bool = Fals
         data: The city. Its nodes, its scaler, window and horizon are noted in the adapter's configuration.
         same_city: The backbone belongs to this city and keeps its node-bound normalisation statistics. Otherwise they
             are re-estimated on the city's training windows.
+        parts: Parts of the city's graph, to do so part by part.
         **settings: Arguments of :class:`stlora_peft.STLoraConfig`.
 
     Returns:
@@ -111,7 +120,9 @@ def build_adapter(backbone: nn.Module, data: CityData, *, same_city: bool = Fals
         "horizon": data.train.horizon,
     }
     model = get_peft_model(copy.deepcopy(backbone), STLoraConfig(**{**known, **settings}))
-    if not same_city:
+    if not same_city and parts is not None:
+        reestimate_parts(model, data.train, parts)
+    elif not same_city:
         reestimate(model, forward_batches(data.train, data))
     return model
 

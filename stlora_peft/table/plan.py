@@ -134,7 +134,7 @@ class Plan:
 
     def configuration(self) -> dict[str, Any]:
         """Return everything that was chosen, for JSON."""
-        options = {name: value for name, value in asdict(self.options).items() if name not in _NOT_SHARED}
+        options = self.options.chosen(*_NOT_SHARED)
         return {
             "backbones": {name: dict(self.sizes.get(name, {})) for name in self.backbones},
             "baselines": list(self.baselines),

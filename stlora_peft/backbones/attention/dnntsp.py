@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,6 +88,8 @@ class NodeGate(_GlobalGatedUpdater, NodeBound):
         - **x:** :math:`(B, N, C)`, ``[b n c]``
         - **output:** :math:`(B, N, C)`
     """
+
+    node_axes: ClassVar[Mapping[str, int] | None] = {"alpha": 0, "vectors": 0}
 
     def __init__(self, num_nodes: int, channels: int) -> None:
         super().__init__(num_nodes, nn.Embedding(num_nodes, channels))
