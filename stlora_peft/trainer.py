@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
+from stlora_peft import processes
 from stlora_peft.callbacks import KeepBest, KeepNewest, MovingAverage
 from stlora_peft.checkpoints import (
     TRAINER_STATE,
@@ -21,13 +25,17 @@ from stlora_peft.checkpoints import (
 )
 from stlora_peft.data import CityData
 from stlora_peft.errors import message
-from stlora_peft.evaluation import Replaying, evaluate, no_replay
+from stlora_peft.evaluation import Replaying, evaluate, evaluation_mode, no_replay
 from stlora_peft.frozen import FrozenActivations
 from stlora_peft.metrics import masked_mae
+from stlora_peft.shared_norms import sharing_norms
 from stlora_peft.training import TrainingOptions
 
 _TRACED = 3
 """Windows that the frozen part is found with."""
+
+_SEED_STEP = 1_000_003
+"""Between the seeds of two processes."""
 
 
 def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[str, Any]]:
@@ -80,19 +88,22 @@ class CityTrainer(Trainer):
         best: KeepBest,
         watchers: list[TrainerCallback],
     ) -> None:
+        arguments = _arguments(options, folder, keep)
+        processes.check_processes(arguments.world_size, options.batch_size)
+        arguments.ddp_find_unused_parameters = processes.process_count() > 1 and _leaves_unused(model, data)
         optimizer = torch.optim.AdamW(parameter_groups(model, options), lr=options.learning_rate)
         super().__init__(
             model=model,
-            args=_arguments(options, folder, keep),
+            args=arguments,
             data_collator=_as_it_is,
-            train_dataset=options.windows(data),
+            train_dataset=processes.Share(options.windows(data)),
             eval_dataset=None if options.patience is None else data.val,
             callbacks=[*watchers, KeepNewest()],
             optimizers=(optimizer, None),
         )
         self.remove_callback(PrinterCallback)
         self._forecaster = model
-        self._folder = folder
+        self._folder, self._keep = folder, keep
         self._data = data
         self._options = options
         self._average = average
@@ -105,6 +116,8 @@ class CityTrainer(Trainer):
     def run(self) -> None:
         """Train, going on from a checkpoint where there is one, and leave the model in its best state."""
         newest = newest_checkpoint(self._folder)
+        if self._keep:
+            processes.check_same_start(0 if newest is None else int(newest.name.rpartition("-")[2]))
         if newest is None:
             self._guarded_train(None)
         else:
@@ -117,6 +130,7 @@ class CityTrainer(Trainer):
         _check_finite(final, self._options)
         copy_state(final, self._forecaster)
         self._forecaster.eval()
+        self.accelerator.wait_for_everyone()  # or the main process might delete checkpoints that others still read
 
     def _complete(self) -> bool:
         """Whether the checkpoint was written after the last step."""
@@ -153,6 +167,8 @@ class CityTrainer(Trainer):
         """Run the Trainer's loop and take off what accelerate put around the model."""
         own_forward = "forward" in vars(self._forecaster)
         self._keep_frozen()
+        if processes.process_index() > 0:  # dropout: equal masks in all processes would average out less
+            torch.manual_seed(self._options.seed + _SEED_STEP * processes.process_index())
         try:
             self.train(resume_from_checkpoint=checkpoint)
         finally:
@@ -169,10 +185,10 @@ class CityTrainer(Trainer):
     ) -> Any:
         """Return the masked MAE of a batch in the city's units."""
         self._set_still()
-        with self._replaying(inputs["start"]):
+        with self._replaying(inputs["start"]), sharing_norms(self._forecaster, counts="idle" not in inputs):
             scaled = model(inputs["x"], *self._edges)
         forecast = self._data.scaler.inverse(scaled.float())
-        loss = masked_mae(forecast, inputs["y"])
+        loss = masked_mae(forecast, inputs["y"], processes.measured(inputs["y"]))
         return (loss, forecast) if return_outputs else loss
 
     def evaluate(
@@ -186,15 +202,30 @@ class CityTrainer(Trainer):
         with self._average.applied(self._forecaster):
             errors = evaluate(
                 self._forecaster,
-                windows,
+                processes.share_of(windows),
                 self._data,
                 batch_size=self._options.eval_batch_size,
                 replaying=self._replaying,
+                combine=partial(processes.total, device=self.args.device),
             )
             metrics = {f"{metric_key_prefix}_mae": errors.mae}
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the batches of one process; :class:`stlora_peft.processes.Share` takes this process's part of each."""
+        loader = super().get_train_dataloader()
+        shards = loader.batch_sampler
+        if isinstance(shards, BatchSamplerShard):
+            shards.num_processes, shards.process_index = 1, 0
+            shards.even_batches = False  # otherwise windows are repeated until the last batch is full
+        return loader
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Write the state of the random numbers; a checkpoint is complete when every process has written its own."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what training changes, the best state and the progress, as safetensors and JSON."""
@@ -218,6 +249,7 @@ def _arguments(options: TrainingOptions, folder: Path, keep: bool) -> TrainingAr
         lr_scheduler_type="constant",
         max_grad_norm=options.max_grad_norm,
         seed=options.seed,
+        data_seed=options.seed,
         use_cpu=not torch.accelerator.is_available(),  # says so aloud, or bf16 would be refused
         bf16=options.mixed_precision == "bf16",
         fp16=options.mixed_precision == "fp16",
@@ -259,6 +291,16 @@ def _check_finite(tensors: dict[str, torch.Tensor], options: TrainingOptions) ->
 def _as_it_is(batch: Any) -> Any:
     """Take the batch as the windows have gathered it."""
     return batch
+
+
+def _leaves_unused(model: nn.Module, data: CityData) -> bool:
+    """Whether a trained parameter does nothing; what averages the gradients must know, and is slower then."""
+    device = next(model.parameters()).device
+    with evaluation_mode(model), torch.enable_grad():
+        x = data.train.inputs(data.train.starts[:1]).to(device)
+        output = model(x, data.edge_index.to(device), data.edge_weight.to(device))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return not processes.reaches(output, trained)
 
 
 def _frozen_norms(model: nn.Module) -> list[nn.Module]:

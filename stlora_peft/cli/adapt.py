@@ -14,6 +14,7 @@ from stlora_peft.cli.options import Base, Force, LearningRate, Output, Reading, 
 from stlora_peft.cli.screen import bold
 from stlora_peft.cli.tables import number, unit
 from stlora_peft.cli.training import Resumable, training_line, training_summary
+from stlora_peft.processes import is_main_process
 from stlora_peft.reports import KIB
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ def adapt(
     holds the last quarter of the given days back and says what the adapter is worth there; the adapter that is written
     is then trained on all of them.
     """
+    if no_training and not is_main_process():
+        return
     screen = output.screen()
     with screen.working("reading the city and the backbone"):
         from stlora_peft.comparison import adaptation_data
@@ -152,6 +155,8 @@ def adapt(
         facts, summary = {"training": "none: the predictor was fitted in closed form"}, {"training": None}
     else:
         model, facts, summary = _train(screen, checkpoints, adapter, saved.backbone, data, options, refit_steps)
+    if not is_main_process():
+        return
     save_adapter(out, model)
     checkpoints.delete()
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
