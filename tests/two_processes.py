@@ -16,13 +16,13 @@ from stlora_peft.backbones import build_backbone
 from stlora_peft.checkpoints import trainable_state
 from stlora_peft.data import CityData
 from stlora_peft.methods import build_adapter
-from stlora_peft.processes import check_same_start, measured, process_count, process_index, total
+from stlora_peft.processes import check_same_start, measured, process_index, total
 from stlora_peft.shared_norms import sharing_norms
 from stlora_peft.tensorfiles import save_tensors
 from stlora_peft.training import TrainingOptions, train
 
 BATCH = 24  # the city has 121 training windows: the last batch of an epoch is one window, for two processes
-OPTIONS: dict[str, Any] = {"max_epochs": 3, "learning_rate": 3e-3, "batch_size": BATCH, "progress": False}
+OPTIONS: dict[str, Any] = {"max_epochs": 2, "learning_rate": 3e-3, "batch_size": BATCH, "progress": False}
 
 
 def sparse_data(num_nodes: int = 4, seed: int = 0) -> CityData:
@@ -126,10 +126,17 @@ def check_sums() -> None:
         raise AssertionError("different checkpoints were not refused")
 
 
+def adapt(folder: Path, out: str) -> list[str]:
+    """Words of the command that adapts the backbone in the folder."""
+    how = ["--days", "8", "--epochs", "10", "--patience", "10", "--refit-steps", "3", "--json"]
+    return ["adapt", str(folder / "away.npz"), "--base", str(folder / "base"), "--out", str(folder / out), *how]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(Path(sys.argv[1]))
-    if process_count() == 2:
-        check_norms()
-        check_sums()
-        cli.app(sys.argv[2:], standalone_mode=False)  # in the same processes: to start others takes seconds
+    work = Path(sys.argv[1])
+    run(work / "two")
+    check_norms()
+    check_sums()
+    for result in ("whole", "killed"):  # in the same processes: to start others takes seconds
+        cli.app(adapt(work, result), standalone_mode=False)
