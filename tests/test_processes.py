@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_city import small_city, small_data
 from toys import raised
-from two_processes import adapt, lstm, run
+from two_processes import EXAMPLE, adapt, lstm, run
 from typer.testing import CliRunner
 
 from stlora_peft import cli
@@ -105,6 +105,13 @@ def test_a_killed_process_costs_no_more_than_the_steps_since_the_checkpoint(fold
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert not (folder / "killed.unfinished").exists()
+
+
+def test_example_of_index_dataset_prints_the_same_in_two_processes(folder: Path) -> None:
+    first, second = ((folder / "two" / f"example-{index}.txt").read_text().splitlines() for index in (0, 1))
+    assert len(first) == 4
+    assert all(line in EXAMPLE.read_text().split('"""')[1] for line in first)
+    assert second == []
 
 
 # -- in one process ------------------------------------------------------------------------------------------

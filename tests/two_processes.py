@@ -2,8 +2,10 @@
 
 import copy
 import json
+import runpy
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from stlora_peft.shared_norms import sharing_norms
 from stlora_peft.tensorfiles import save_tensors
 from stlora_peft.training import TrainingOptions, train
 
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "04_index_dataset.py"
 BATCH = 24  # the city has 121 training windows: the last batch of an epoch is one window, for two processes
 OPTIONS: dict[str, Any] = {"max_epochs": 2, "learning_rate": 3e-3, "batch_size": BATCH, "progress": False}
 
@@ -138,5 +141,7 @@ if __name__ == "__main__":
     run(work / "two")
     check_norms()
     check_sums()
+    with (work / "two" / f"example-{process_index()}.txt").open("w") as file, redirect_stdout(file):
+        runpy.run_path(str(EXAMPLE))
     for result in ("whole", "killed"):  # in the same processes: to start others takes seconds
         cli.app(adapt(work, result), standalone_mode=False)
