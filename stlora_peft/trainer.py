@@ -10,7 +10,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from stlora_peft import processes
@@ -29,10 +29,14 @@ from stlora_peft.evaluation import Replaying, evaluate, evaluation_mode, no_repl
 from stlora_peft.frozen import FrozenActivations
 from stlora_peft.metrics import masked_mae
 from stlora_peft.shared_norms import sharing_norms
+from stlora_peft.trainer_arguments import trainer_arguments
 from stlora_peft.training import TrainingOptions
 
 _TRACED = 3
 """Windows that the frozen part is found with."""
+
+_PREPARED = "_is_accelerate_prepared"
+"""Mark of accelerate on a model that it has put autocast and the exchange of gradients around, once and for all."""
 
 _SEED_STEP = 1_000_003
 """Between the seeds of two processes."""
@@ -88,7 +92,7 @@ class CityTrainer(Trainer):
         best: KeepBest,
         watchers: list[TrainerCallback],
     ) -> None:
-        arguments = _arguments(options, folder, keep)
+        arguments = trainer_arguments(options, folder, keep)
         processes.check_processes(arguments.world_size, options.batch_size)
         arguments.ddp_find_unused_parameters = processes.process_count() > 1 and _leaves_unused(model, data)
         optimizer = torch.optim.AdamW(parameter_groups(model, options), lr=options.learning_rate)
@@ -169,10 +173,12 @@ class CityTrainer(Trainer):
         self._keep_frozen()
         if processes.process_index() > 0:  # dropout: equal masks in all processes would average out less
             torch.manual_seed(self._options.seed + _SEED_STEP * processes.process_index())
+        vars(self._forecaster)[_PREPARED] = False  # or a backbone's mark, found through PEFT, would stand for it
         try:
             self.train(resume_from_checkpoint=checkpoint)
         finally:
             self.accelerator.unwrap_model(self._forecaster, keep_fp32_wrapper=False)
+            del vars(self._forecaster)[_PREPARED]
             if not own_forward:
                 vars(self._forecaster).pop("forward", None)  # autocast leaves the class's method on the instance
 
@@ -235,38 +241,6 @@ class CityTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Leave the model as it is: :meth:`run` has loaded what :meth:`save_model` wrote."""
-
-
-def _arguments(options: TrainingOptions, folder: Path, keep: bool) -> TrainingArguments:
-    """Translate the options for the Trainer; whatever is not said here would be slow, noisy or sent somewhere."""
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=options.max_epochs,
-        max_steps=options.max_steps or -1,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.eval_batch_size,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="constant",
-        max_grad_norm=options.max_grad_norm,
-        seed=options.seed,
-        data_seed=options.seed,
-        use_cpu=not torch.accelerator.is_available(),  # says so aloud, or bf16 would be refused
-        bf16=options.mixed_precision == "bf16",
-        fp16=options.mixed_precision == "fp16",
-        eval_strategy="no" if options.patience is None else "epoch",
-        eval_on_start=options.patience is not None,
-        save_strategy="epoch" if keep else "no",
-        logging_strategy="epoch",
-        logging_nan_inf_filter=False,  # it waits for the device at every step
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["y"],
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # DataParallel would split the edges along with the batch
-    return arguments
 
 
 def _spread(starts: torch.Tensor, count: int) -> torch.Tensor:
