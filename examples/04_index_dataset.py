@@ -1,8 +1,8 @@
 """An adapter trained from torch-geometric-temporal's IndexDataset, in one process or in several.
 
-The loading is that of its index-batching examples: a loader with ``index=True``, ``get_index_dataset`` with the number
-of this process, a ``DistributedSampler`` that is told the epoch, ``DistributedDataParallel``. METR-LA's loader finds its
-files in a folder, so that it fetches nothing; here they hold a simulated city. It needs dask, which IndexDataset imports.
+The loading is that of its index-batching examples: a loader with ``index=True``, ``get_index_dataset`` with the
+number of this process, a ``DistributedSampler`` that is told the epoch, ``DistributedDataParallel``. METR-LA's loader
+finds its files in a folder, so that it fetches nothing; here they hold a simulated city. IndexDataset imports dask.
 
 Run:       python examples/04_index_dataset.py
            accelerate launch --multi_gpu --num_processes 2 examples/04_index_dataset.py
@@ -38,7 +38,7 @@ WINDOW, BATCH = 12, 32
 
 
 def write_like_metr_la(city: City, folder: Path) -> None:
-    """Write a city as METR-LA comes: readings (0 where missing) and time of day, ``[t n c]``, and an adjacency matrix."""
+    """Write a city as METR-LA comes: readings (0: missing) and time of day, ``[t n c]``, and an adjacency matrix."""
     minutes = np.arange(city.num_steps) * city.interval_minutes % 1440 / 1440
     clock = np.broadcast_to(minutes[:, None, None], (city.num_steps, city.num_nodes, 1))
     adjacency = np.zeros((city.num_nodes, city.num_nodes), dtype=np.float32)

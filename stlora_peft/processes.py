@@ -60,7 +60,7 @@ def check_processes(known: int, batch_size: int) -> None:
                 "the processes do not know of one another",
                 expected=f"{process_count()} processes, as the environment says ({', '.join(_COUNT)})",
                 got=f"{known} found by accelerate",
-                fix="start them with 'accelerate launch' or torchrun, or unset these variables to train in one process",
+                fix="start them with 'accelerate launch' or torchrun, or unset these variables to train in one",
             )
         )
     if batch_size < known:
@@ -156,9 +156,9 @@ def share_of(windows: Windows) -> Windows:
 def measured(truth: Tensor) -> Tensor | None:
     r"""Count what each process has to divide its sum of errors by.
 
-    With :math:`\sum_q n_q / P`, where :math:`n_q` truths are measured in process :math:`q` of :math:`P`, the average of
-    the processes' losses is the mean over all their truths. The average is what ``DistributedDataParallel`` makes of the
-    gradients, and the Trainer of the loss that it logs.
+    With :math:`\sum_q n_q / P`, where :math:`n_q` truths are measured in process :math:`q` of :math:`P`, the average
+    of the processes' losses is the mean over all their truths. The average is what ``DistributedDataParallel`` makes
+    of the gradients, and the Trainer of the loss that it logs.
 
     Args:
         truth: Truths of this process; NaN is missing.

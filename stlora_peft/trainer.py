@@ -220,7 +220,7 @@ class CityTrainer(Trainer):
         return metrics
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the batches of one process; :class:`stlora_peft.processes.Share` takes this process's part of each."""
+        """Return the batches of one process, of each of which the data set gathers this process's share."""
         loader = super().get_train_dataloader()
         shards = loader.batch_sampler
         if isinstance(shards, BatchSamplerShard):

@@ -62,7 +62,9 @@ def test_batches_are_windows_of_the_same_city(loader: Any, city: City) -> None:
     found, expected = next(iter(train)), windows.__getitems__(range(7))
     for part, key in zip(found, ("x", "y"), strict=True):
         torch.testing.assert_close(part[..., :1].float(), expected[key], rtol=0, atol=1e-4)
-    adjacency = torch.zeros(5, 5).index_put(tuple(torch.from_numpy(city.edge_index)), torch.from_numpy(city.edge_weight))
+    adjacency = torch.zeros(5, 5).index_put(
+        tuple(torch.from_numpy(city.edge_index)), torch.from_numpy(city.edge_weight)
+    )
     assert torch.equal(torch.zeros(5, 5).index_put(tuple(edges), weights), adjacency)
 
 

@@ -165,7 +165,7 @@ def test_processes_that_cannot_train_together_raise(monkeypatch: pytest.MonkeyPa
         "expected": "4 processes, as the environment says "
         "(WORLD_SIZE, PMI_SIZE, OMPI_COMM_WORLD_SIZE, MV2_COMM_WORLD_SIZE)",
         "got": "1 found by accelerate",
-        "fix": "start them with 'accelerate launch' or torchrun, or unset these variables to train in one process",
+        "fix": "start them with 'accelerate launch' or torchrun, or unset these variables to train in one",
     }
     assert raised(lambda: check_processes(4, 3)) == {
         "where": "there are more processes than windows in a step",

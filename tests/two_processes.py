@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from small_city import small_city, small_data
 from torch import nn
@@ -121,12 +122,13 @@ def check_sums() -> None:
     assert total(tenths).tolist() == [0.1 + 1.1] * 2
     truth = torch.tensor([[1.0, float("nan")], [1.0, 1.0]])[index]  # the first process has measured one, the other two
     assert measured(truth) == 3 / 2
-    try:
+    with pytest.raises(ValueError, match="different checkpoints") as error:
         check_same_start(5 * index)
-    except ValueError as error:
-        assert "checkpoints of steps 0 (process 0), 5 (process 1)" in str(error)
-    else:
-        raise AssertionError("different checkpoints were not refused")
+    assert str(error.value).splitlines()[1:] == [
+        "  expected: the same folder of checkpoints in all processes",
+        "  got:      checkpoints of steps 0 (process 0), 5 (process 1)",
+        "  to fix:   write to a folder that all machines share, or delete the checkpoints to start again",
+    ]
 
 
 def adapt(folder: Path, out: str) -> list[str]:

@@ -97,9 +97,9 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     lines = [
         "# Accuracy under bfloat16 autocast",
         "",
-        "Written by `python benchmarks/bf16/run.py`. Test MAE in km/h, mean and standard deviation over the seeds; the "
-        "difference to float32 seed by seed, its mean with the standard error, and the largest; median processor time "
-        "of a training in s.",
+        "Written by `python benchmarks/bf16/run.py`. Test MAE in km/h, mean and standard deviation over the seeds; "
+        "the difference to float32 seed by seed, its mean with the standard error, and the largest; median processor "
+        "time of a training in s.",
         "",
         "| training and forecast | MAE | difference to float32 | largest | seconds |",
         "|---|---:|---:|---:|---:|",

@@ -32,8 +32,8 @@ def check_launch(command: str) -> None:
         )
     if command in SHARED and process_count() == 1 and _started_alone():
         Screen(as_json=False).note(
-            "One process was started: 'accelerate launch --cpu' leaves more to mpirun (--mpirun_hostfile). Without it, "
-            f"also on a CPU: {_HOW} {command} ..."
+            "One process was started: 'accelerate launch --cpu' leaves more to mpirun (--mpirun_hostfile). "
+            f"Without it, also on a CPU: {_HOW} {command} ..."
         )
 
 
