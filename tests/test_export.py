@@ -26,11 +26,19 @@ def exported(model: PeftModel, file: Path, *, free: bool) -> torch.export.Export
     return torch.export.load(file)
 
 
-@pytest.mark.parametrize("name", ["lstm", "stgcn", "aagcn", "mstgcn"])  # one of each kind of layer, two node-bound
-def test_adapted_model_from_a_file_forecasts_the_same_for_any_batch(name: str, tmp_path: Path) -> None:
-    model = city_model(name)
+@pytest.fixture(scope="module", params=["lstm", "stgcn"])  # a recurrent layer; convolutions and node-bound norms
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PeftModel, torch.export.ExportedProgram]:
+    model = city_model(request.param)
+    return model, exported(model, tmp_path_factory.mktemp("export") / "model.pt2", free=True)
+
+
+def test_adapted_model_from_a_file_forecasts_the_same_for_any_batch(
+    pair: tuple[PeftModel, torch.export.ExportedProgram],
+) -> None:
+    model, forecaster = pair[0], pair[1].module()
     assert model.peft_config["default"].predictor is not None
-    forecaster = exported(model, tmp_path / "model.pt2", free=True).module()
     edge_index, edge_weight = graph(N)
     for batch in (2, 3, 8):
         inputs = (windows(N, batch=batch, seed=batch), edge_index, edge_weight.float())
@@ -38,9 +46,10 @@ def test_adapted_model_from_a_file_forecasts_the_same_for_any_batch(name: str, t
             assert_same(forecaster(*inputs), model(*inputs), tolerance=2e-6)
 
 
-def test_exported_adapter_is_that_of_the_city_and_needs_no_package_but_torch(tmp_path: Path) -> None:
-    model = city_model("stgcn")
-    program = exported(model, tmp_path / "model.pt2", free=False)
+def test_exported_adapter_is_that_of_the_city_and_needs_no_package_but_torch(
+    pair: tuple[PeftModel, torch.export.ExportedProgram],
+) -> None:
+    model, program = pair
     own = {name.removeprefix("base_model.model.") for name, _ in model.named_parameters() if "nall_" in name}
     names = {name.removeprefix("base_model.model.") for name in program.state_dict}
     assert own <= names  # adapters, node table, predictor and node-bound copies
