@@ -28,8 +28,9 @@ from torch.utils.data import DataLoader
 from stlora_peft import STLoraConfig, fingerprint
 from stlora_peft.backbones import build_backbone, tgt
 from stlora_peft.data import City, simulate_city
+from stlora_peft.launch import process_count, process_index
 from stlora_peft.metrics import ErrorSums, masked_mae
-from stlora_peft.processes import measured, process_count, process_index, total
+from stlora_peft.processes import measured, total
 
 tgt.load()  # imports torch-geometric-temporal, also where torch_sparse is not installed
 from torch_geometric_temporal.dataset import METRLADatasetLoader  # noqa: E402

@@ -1,8 +1,7 @@
-"""A training in several processes: which of them this one is, its share of a batch, and sums over all of them."""
+"""A training in several processes: the share of each in a batch, and sums over all of them."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,35 +12,7 @@ from torch.utils.data import Dataset
 
 from stlora_peft.data import Windows
 from stlora_peft.errors import message
-
-# What torchrun and accelerate, Intel MPI and MPICH, Open MPI, and MVAPICH say; accelerate reads the same.
-_INDEX = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-_COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-
-
-def process_count() -> int:
-    """Number of processes that were started together, for instance by ``accelerate launch``; 1 for one by itself.
-
-    Example:
-        >>> process_count()
-        1
-    """
-    return dist.get_world_size() if _grouped() else _from_environment(_COUNT, 1)
-
-
-def process_index() -> int:
-    """Number of this process among them, from 0.
-
-    Example:
-        >>> process_index()
-        0
-    """
-    return dist.get_rank() if _grouped() else _from_environment(_INDEX, 0)
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that writes files and speaks to the user."""
-    return process_index() == 0
+from stlora_peft.launch import COUNT_NAMES, process_count, process_index
 
 
 def check_processes(known: int, batch_size: int) -> None:
@@ -58,7 +29,7 @@ def check_processes(known: int, batch_size: int) -> None:
         raise ValueError(
             message(
                 "the processes do not know of one another",
-                expected=f"{process_count()} processes, as the environment says ({', '.join(_COUNT)})",
+                expected=f"{process_count()} processes, as the environment says ({', '.join(COUNT_NAMES)})",
                 got=f"{known} found by accelerate",
                 fix="start them with 'accelerate launch' or torchrun, or unset these variables to train in one",
             )
@@ -209,12 +180,3 @@ def reaches(output: Tensor, parameters: Iterable[Tensor]) -> bool:
             open_nodes += [following for following, _ in node.next_functions]
     leaves = {id(node.variable) for node in found if hasattr(node, "variable")}
     return leaves.issuperset(map(id, parameters))
-
-
-def _grouped() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _from_environment(names: Sequence[str], otherwise: int) -> int:
-    found = [value for name in names if (value := os.environ.get(name, "")).isdigit()]
-    return int(found[0]) if found else otherwise

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from stlora_peft.frozen.tracing import calling_instead
-from stlora_peft.processes import process_count
+from stlora_peft.launch import process_count
 
 
 @contextmanager

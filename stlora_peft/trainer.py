@@ -27,6 +27,7 @@ from stlora_peft.data import CityData
 from stlora_peft.errors import message
 from stlora_peft.evaluation import Replaying, evaluate, evaluation_mode, no_replay
 from stlora_peft.frozen import FrozenActivations
+from stlora_peft.launch import process_count, process_index
 from stlora_peft.metrics import masked_mae
 from stlora_peft.shared_norms import sharing_norms
 from stlora_peft.trainer_arguments import trainer_arguments
@@ -94,7 +95,7 @@ class CityTrainer(Trainer):
     ) -> None:
         arguments = trainer_arguments(options, folder, keep)
         processes.check_processes(arguments.world_size, options.batch_size)
-        arguments.ddp_find_unused_parameters = processes.process_count() > 1 and _leaves_unused(model, data)
+        arguments.ddp_find_unused_parameters = process_count() > 1 and _leaves_unused(model, data)
         optimizer = torch.optim.AdamW(parameter_groups(model, options), lr=options.learning_rate)
         super().__init__(
             model=model,
@@ -171,8 +172,8 @@ class CityTrainer(Trainer):
         """Run the Trainer's loop and take off what accelerate put around the model."""
         own_forward = "forward" in vars(self._forecaster)
         self._keep_frozen()
-        if processes.process_index() > 0:  # dropout: equal masks in all processes would average out less
-            torch.manual_seed(self._options.seed + _SEED_STEP * processes.process_index())
+        if process_index() > 0:  # dropout: equal masks in all processes would average out less
+            torch.manual_seed(self._options.seed + _SEED_STEP * process_index())
         vars(self._forecaster)[_PREPARED] = False  # or a backbone's mark, found through PEFT, would stand for it
         try:
             self.train(resume_from_checkpoint=checkpoint)

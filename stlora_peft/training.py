@@ -17,7 +17,7 @@ from torch import nn
 from stlora_peft.data import CityData, Windows
 from stlora_peft.errors import message
 from stlora_peft.evaluation import check_fit, window_batches
-from stlora_peft.processes import is_main_process
+from stlora_peft.launch import is_main_process
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

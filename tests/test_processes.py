@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from stlora_peft import cli
 from stlora_peft.cli.launch import check_launch
 from stlora_peft.data import Windows
-from stlora_peft.processes import Share, check_processes, measured, process_count, process_index, share_of, total
+from stlora_peft.launch import process_count, process_index
+from stlora_peft.processes import Share, check_processes, measured, share_of, total
 from stlora_peft.storage import load_adapter, load_backbone, save_backbone
 from stlora_peft.tensorfiles import load_tensors
 

@@ -18,8 +18,9 @@ from stlora_peft import cli
 from stlora_peft.backbones import build_backbone
 from stlora_peft.checkpoints import trainable_state
 from stlora_peft.data import CityData
+from stlora_peft.launch import process_index
 from stlora_peft.methods import build_adapter
-from stlora_peft.processes import check_same_start, measured, process_index, total
+from stlora_peft.processes import check_same_start, measured, total
 from stlora_peft.shared_norms import sharing_norms
 from stlora_peft.tensorfiles import save_tensors
 from stlora_peft.training import TrainingOptions, train

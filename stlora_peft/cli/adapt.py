@@ -14,7 +14,7 @@ from stlora_peft.cli.options import Base, Force, LearningRate, Output, Reading, 
 from stlora_peft.cli.screen import bold
 from stlora_peft.cli.tables import number, unit
 from stlora_peft.cli.training import Resumable, training_line, training_summary
-from stlora_peft.processes import is_main_process
+from stlora_peft.launch import is_main_process
 from stlora_peft.reports import KIB
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import os
 
 from stlora_peft.cli.screen import Screen
 from stlora_peft.errors import message
-from stlora_peft.processes import process_count
+from stlora_peft.launch import process_count
 
 SHARED = ("pretrain", "adapt")
 _HOW = "accelerate launch --multi_gpu --num_processes 2 --module stlora_peft.cli"

@@ -12,7 +12,7 @@ from stlora_peft.cli.options import Force, LearningRate, Output, Reading, Seed, 
 from stlora_peft.cli.screen import bold
 from stlora_peft.cli.tables import errors_table
 from stlora_peft.cli.training import Resumable, training_line, training_summary
-from stlora_peft.processes import is_main_process
+from stlora_peft.launch import is_main_process
 
 EXAMPLE = "Example:  stlora pretrain la-loop.npz --backbone stgcn --out runs/la"
 _BACKBONE = "Backbone"

@@ -19,7 +19,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from stlora_peft.errors import message
-from stlora_peft.processes import is_main_process, process_count, process_index
+from stlora_peft.launch import is_main_process, process_count, process_index
 
 DEBUG = "stlora.debug"  # where --debug is kept in the context of a command
 RESUMABLE = ("pretrain", "adapt", "compare", "table")

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stlora_peft.processes import is_main_process
+from stlora_peft.launch import is_main_process
 
 if TYPE_CHECKING:
     from torch import nn
