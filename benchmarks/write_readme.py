@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import re
 import sys
 import tempfile
@@ -152,16 +153,26 @@ class Trials:
         with torch.no_grad():
             return close(torch.compile(model, backend="aot_eager")(x, EDGES), model(x, EDGES))
 
-    def exports(self) -> bool:
-        """Whether the adapted backbone gives the same numbers exported."""
-        model, x = self.adapted(init_weights=False).get_base_model(), torch.rand(2, 12, 5, 3)
+    def exports(self, *, free: bool) -> bool:
+        """Whether the adapted backbone gives the same numbers exported, saved and loaded; for another batch too."""
+        model, x = self.adapted(init_weights=False), torch.rand(3, 12, 5, 3)
+        shapes = {"args": ({0: torch.export.Dim("batch", min=2)}, None)} if free else None
+        file = io.BytesIO()
         with torch.no_grad():
-            program = torch.export.export(model, (x, EDGES), strict=False)
-            return close(program.module()(x, EDGES), model(x, EDGES))
+            torch.export.save(torch.export.export(model, (x, EDGES), dynamic_shapes=shapes, strict=False), file)
+            file.seek(0)
+            program, x = torch.export.load(file).module(), torch.rand(4 if free else 3, 12, 5, 3)
+            return close(program(x, EDGES), model(x, EDGES))
+
+    def exported(self) -> str:
+        """For which batches it is exported."""
+        if works(lambda: self.exports(free=True)) == "yes":
+            return "yes"
+        return "one batch size" if works(lambda: self.exports(free=False)) == "yes" else "no"
 
     def compilers(self) -> list[str]:
         """What each compiler makes of it."""
-        return [works(self.compiles), works(self.exports)]
+        return [works(self.compiles), self.exported()]
 
     def row(self, kinds: list[str]) -> list[str]:
         """The backbone's row of the grid; "-" is a layer that it does not have."""

@@ -84,9 +84,18 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     Args:
         folder: Folder of ``checkpoint-<step>`` folders; it need not exist.
     """
-    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE}")]
+    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{TRAINER_STATE}") if _is_whole(path)]
     numbered = [path for path in found if path.name.rpartition("-")[2].isdigit()]
     return max(numbered, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the Trainer has written its state to the end; it writes the file in place."""
+    try:
+        read_json(path)
+    except ValueError:
+        return False
+    return True
 
 
 def save_checkpoint(

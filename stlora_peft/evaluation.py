@@ -18,6 +18,9 @@ from stlora_peft.significance import DailyErrors
 Replaying = Callable[[torch.Tensor], AbstractContextManager[None]]
 """What a forward pass of the windows with these starts runs in, for instance one that has parts of it stored."""
 
+Combine = Callable[[torch.Tensor], torch.Tensor]
+"""What the sums of :class:`stlora_peft.metrics.ErrorSums` become."""
+
 
 def no_replay(starts: torch.Tensor) -> AbstractContextManager[None]:
     """Compute everything."""
@@ -32,6 +35,7 @@ def evaluate(
     batch_size: int = 64,
     daily: DailyErrors | None = None,
     replaying: Replaying = no_replay,
+    combine: Combine | None = None,
 ) -> Metrics:
     """Compare a model's forecasts with the truth.
 
@@ -42,6 +46,8 @@ def evaluate(
         batch_size: Windows in one forward pass.
         daily: Takes the errors in day by day as well.
         replaying: What the forward passes run in.
+        combine: What the sums over these windows become before the errors are taken from them, for instance those of
+            several processes added up.
 
     Returns:
         Errors in the city's units, missing truths left out.
@@ -50,7 +56,7 @@ def evaluate(
         ValueError: If window, horizon or channels of the data do not fit the model.
     """
     batches = forecast_batches(model, windows, data, batch_size=batch_size, replaying=replaying)
-    return measure(batches, windows.horizon, daily)
+    return measure(batches, windows.horizon, daily, combine)
 
 
 def evaluate_persistence(
@@ -71,7 +77,10 @@ def evaluate_persistence(
 
 
 def measure(
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]], horizon: int, daily: DailyErrors | None = None
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    horizon: int,
+    daily: DailyErrors | None = None,
+    combine: Combine | None = None,
 ) -> Metrics:
     """Compare forecasts with the truth.
 
@@ -79,6 +88,7 @@ def measure(
         batches: Forecast and truth, batch by batch, ``[b t n c]``.
         horizon: Number of forecast steps.
         daily: Takes the errors in day by day as well.
+        combine: What the sums become before the errors are taken from them.
 
     Returns:
         Errors in the units of the batches, missing truths left out.
@@ -86,6 +96,7 @@ def measure(
     sums = ErrorSums(horizon)
     for forecast, truth in batches if daily is None else daily.watch(batches):
         sums.add(forecast, truth)
+    sums.sums = sums.sums if combine is None else combine(sums.sums)
     return sums.metrics()
 
 

@@ -10,7 +10,7 @@ import torch
 REPORTED_STEPS = (3, 6, 12)
 
 
-def masked_mae(forecast: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+def masked_mae(forecast: torch.Tensor, truth: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
     r"""Mean absolute error over the truths that were measured.
 
     .. math::
@@ -19,6 +19,7 @@ def masked_mae(forecast: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     Args:
         forecast: Forecast of any shape.
         truth: Truth of the same shape; NaN is missing.
+        count: What the sum is divided by, where that is not the number of these truths.
 
     Returns:
         Scalar; 0, with a gradient of 0, where nothing was measured.
@@ -29,7 +30,7 @@ def masked_mae(forecast: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """
     seen = torch.isfinite(truth)
     error = (forecast - torch.where(seen, truth, 0.0)).abs() * seen
-    return error.sum() / seen.sum().clamp(min=1)
+    return error.sum() / (seen.sum().clamp(min=1) if count is None else count.to(error.dtype))
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,10 @@ class ErrorSums:
     Args:
         horizon: Number of forecast steps.
 
+    Attributes:
+        sums: Truths, absolute and squared errors, truths that are not zero, and their relative errors, for each step;
+            those of several parts may be added.
+
     Example:
         >>> sums = ErrorSums(horizon=1)
         >>> sums.add(torch.tensor([[[[3.0]]]]), torch.tensor([[[[2.0]]]]))
@@ -114,7 +119,7 @@ class ErrorSums:
     """
 
     def __init__(self, horizon: int) -> None:
-        self._sums = torch.zeros(5, horizon, dtype=torch.float64)
+        self.sums = torch.zeros(5, horizon, dtype=torch.float64)
 
     def add(self, forecast: torch.Tensor, truth: torch.Tensor) -> None:
         """Add a batch.
@@ -133,12 +138,12 @@ class ErrorSums:
         rated = truth != 0  # a missing truth is zero here and drops out too
         ratio = torch.where(rated, error.abs() / torch.where(rated, truth.abs(), 1.0), 0.0)
         terms = torch.stack([seen.double(), error.abs(), error.square(), rated.double(), ratio])
-        self._sums += terms.sum(dim=(1, 3, 4))
+        self.sums += terms.sum(dim=(1, 3, 4))
 
     def metrics(self) -> Metrics:
         """Return the errors of everything added so far."""
-        steps = tuple(_scores(column) for column in self._sums.T)
-        return Metrics(steps=steps, average=_scores(self._sums.sum(dim=1)))
+        steps = tuple(_scores(column) for column in self.sums.T)
+        return Metrics(steps=steps, average=_scores(self.sums.sum(dim=1)))
 
 
 def _scores(sums: torch.Tensor) -> Scores:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import nn
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
+from stlora_peft import processes
 from stlora_peft.callbacks import KeepBest, KeepNewest, MovingAverage
 from stlora_peft.checkpoints import (
     TRAINER_STATE,
@@ -23,13 +26,22 @@ from stlora_peft.checkpoints import (
 )
 from stlora_peft.data import CityData, Windows
 from stlora_peft.errors import message
-from stlora_peft.evaluation import Replaying, evaluate, no_replay
+from stlora_peft.evaluation import Replaying, evaluate, evaluation_mode, no_replay
 from stlora_peft.frozen import FrozenActivations
+from stlora_peft.launch import process_count, process_index
 from stlora_peft.metrics import Metrics, masked_mae
+from stlora_peft.shared_norms import sharing_norms
+from stlora_peft.trainer_arguments import trainer_arguments
 from stlora_peft.training import TrainingOptions
 
 TRACED = 3
 """Windows that the frozen part is found with."""
+
+_PREPARED = "_is_accelerate_prepared"
+"""Mark of accelerate on a model that it has put autocast and the exchange of gradients around, once and for all."""
+
+_SEED_STEP = 1_000_003
+"""Between the seeds of two processes."""
 
 
 def parameter_groups(model: nn.Module, options: TrainingOptions) -> list[dict[str, Any]]:
@@ -84,11 +96,14 @@ class CityTrainer(Trainer):
         best: KeepBest,
         watchers: list[TrainerCallback],
     ) -> None:
-        optimizer = self.optimizer_class(parameter_groups(model, options), lr=options.learning_rate)
         batches, batch_size = self._batches(data, options)
+        arguments = trainer_arguments(options, folder, keep, batch_size)
+        processes.check_processes(arguments.world_size, options.batch_size)
+        arguments.ddp_find_unused_parameters = process_count() > 1 and _leaves_unused(model, data)
+        optimizer = self.optimizer_class(parameter_groups(model, options), lr=options.learning_rate)
         super().__init__(
             model=model,
-            args=_arguments(options, folder, keep, batch_size),
+            args=arguments,
             data_collator=_as_it_is,
             train_dataset=batches,
             eval_dataset=None if options.patience is None else data.val,
@@ -97,7 +112,7 @@ class CityTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self._forecaster = model
-        self._folder = folder
+        self._folder, self._keep = folder, keep
         self._data = data
         self._options = options
         self._average = average
@@ -110,6 +125,8 @@ class CityTrainer(Trainer):
     def run(self) -> None:
         """Train, going on from a checkpoint where there is one, and leave the model in its best state."""
         newest = newest_checkpoint(self._folder)
+        if self._keep:
+            processes.check_same_start(0 if newest is None else int(newest.name.rpartition("-")[2]))
         if newest is None:
             self._guarded_train(None)
         else:
@@ -122,10 +139,11 @@ class CityTrainer(Trainer):
         _check_finite(final, self._options)
         copy_state(final, self._forecaster)
         self._forecaster.eval()
+        self.accelerator.wait_for_everyone()  # or the main process might delete checkpoints that others still read
 
     def _batches(self, data: CityData, options: TrainingOptions) -> tuple[Dataset[Any], int]:
         """What is trained on, and how many of its items are in a batch."""
-        return options.windows(data), options.batch_size
+        return processes.Share(options.windows(data)), options.batch_size
 
     def _complete(self) -> bool:
         """Whether the checkpoint was written after the last step."""
@@ -162,10 +180,14 @@ class CityTrainer(Trainer):
         """Run the Trainer's loop and take off what accelerate put around the model."""
         own_forward = "forward" in vars(self._forecaster)
         self._keep_frozen()
+        if process_index() > 0:  # dropout: equal masks in all processes would average out less
+            torch.manual_seed(self._options.seed + _SEED_STEP * process_index())
+        vars(self._forecaster)[_PREPARED] = False  # or a backbone's mark, found through PEFT, would stand for it
         try:
             self.train(resume_from_checkpoint=checkpoint)
         finally:
             self.accelerator.unwrap_model(self._forecaster, keep_fp32_wrapper=False)
+            del vars(self._forecaster)[_PREPARED]
             if not own_forward:
                 vars(self._forecaster).pop("forward", None)  # autocast leaves the class's method on the instance
 
@@ -178,8 +200,9 @@ class CityTrainer(Trainer):
     ) -> Any:
         """Return the masked MAE of a batch in the city's units."""
         self._set_still()
-        forecast = self._data.scaler.inverse(self._forecast_batch(model, inputs).float())
-        loss = masked_mae(forecast, inputs["y"])
+        with sharing_norms(self._forecaster, counts="idle" not in inputs):
+            forecast = self._data.scaler.inverse(self._forecast_batch(model, inputs).float())
+        loss = masked_mae(forecast, inputs["y"], processes.measured(inputs["y"]))
         return (loss, forecast) if return_outputs else loss
 
     def _forecast_batch(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -192,10 +215,11 @@ class CityTrainer(Trainer):
         """Errors over all windows."""
         return evaluate(
             self._forecaster,
-            windows,
+            processes.share_of(windows),
             self._data,
             batch_size=self._options.eval_batch_size,
             replaying=self._replaying,
+            combine=partial(processes.total, device=self.args.device),
         )
 
     def evaluate(
@@ -212,6 +236,20 @@ class CityTrainer(Trainer):
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the batches of one process, of each of which the data set gathers this process's share."""
+        loader = super().get_train_dataloader()
+        shards = loader.batch_sampler
+        if isinstance(shards, BatchSamplerShard):
+            shards.num_processes, shards.process_index = 1, 0
+            shards.even_batches = False  # otherwise windows are repeated until the last batch is full
+        return loader
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Write the state of the random numbers; a checkpoint is complete when every process has written its own."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what training changes, the best state and the progress, as safetensors and JSON."""
         if self.args.should_save:
@@ -220,37 +258,6 @@ class CityTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Leave the model as it is: :meth:`run` has loaded what :meth:`save_model` wrote."""
-
-
-def _arguments(options: TrainingOptions, folder: Path, keep: bool, batch_size: int) -> TrainingArguments:
-    """Translate the options for the Trainer; whatever is not said here would be slow, noisy or sent somewhere."""
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=options.max_epochs,
-        max_steps=options.max_steps or -1,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=options.eval_batch_size,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="constant",
-        max_grad_norm=options.max_grad_norm,
-        seed=options.seed,
-        use_cpu=not torch.accelerator.is_available(),  # says so aloud, or bf16 would be refused
-        bf16=options.mixed_precision == "bf16",
-        fp16=options.mixed_precision == "fp16",
-        eval_strategy="no" if options.patience is None else "epoch",
-        eval_on_start=options.patience is not None,
-        save_strategy="epoch" if keep else "no",
-        logging_strategy="epoch",
-        logging_nan_inf_filter=False,  # it waits for the device at every step
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["y"],
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # DataParallel would split the edges along with the batch
-    return arguments
 
 
 def spread(starts: torch.Tensor, count: int) -> torch.Tensor:
@@ -275,6 +282,16 @@ def _check_finite(tensors: dict[str, torch.Tensor], options: TrainingOptions) ->
 def _as_it_is(batch: Any) -> Any:
     """Take the batch as the windows have gathered it."""
     return batch
+
+
+def _leaves_unused(model: nn.Module, data: CityData) -> bool:
+    """Whether a trained parameter does nothing; what averages the gradients must know, and is slower then."""
+    device = next(model.parameters()).device
+    with evaluation_mode(model), torch.enable_grad():
+        x = data.train.inputs(data.train.starts[:1]).to(device)
+        output = model(x, data.edge_index.to(device), data.edge_weight.to(device))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return not processes.reaches(output, trained)
 
 
 def _frozen_norms(model: nn.Module) -> list[nn.Module]:

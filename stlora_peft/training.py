@@ -18,6 +18,7 @@ from stlora_peft.allocator import keeping_freed_memory
 from stlora_peft.data import CityData, Windows
 from stlora_peft.errors import message
 from stlora_peft.evaluation import check_fit
+from stlora_peft.launch import is_main_process
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -34,7 +35,7 @@ class TrainingOptions:
         patience: Passes in a row without a better validation error after which training stops. None trains on all
             given windows without validation, for the whole of ``max_epochs`` or ``max_steps``.
         max_steps: Steps to make, in place of ``max_epochs``.
-        batch_size: Windows in one step.
+        batch_size: Windows in one step, over all processes.
         eval_batch_size: Windows in one forward pass of the validation.
         max_grad_norm: Longer gradients are shortened to this norm; 0 leaves them as they are.
         ema_decay: Decay :math:`d` of the moving average over the steps,
@@ -216,7 +217,7 @@ def train(
         else:
             folder = Path(output_dir)
         watchers: list[TrainerCallback] = [average, best, *callbacks]
-        if options.progress:
+        if options.progress and is_main_process():
             watchers.append(stack.enter_context(ProgressBar()))
         stack.enter_context(_deterministic())
         stack.enter_context(keeping_freed_memory())

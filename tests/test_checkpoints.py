@@ -46,11 +46,11 @@ def test_checkpoint_holds_no_pickled_arguments(data: CityData, tmp_path: Path) -
 
 
 def test_newest_checkpoint_skips_one_that_was_not_finished(tmp_path: Path) -> None:
-    for step, complete in ((9, True), (10, True), (200, False)):
+    for step, content in ((9, "{}"), (10, "{}"), (100, '{"epoch": 1.'), (200, None)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        if complete:
-            (folder / "trainer_state.json").write_text("{}")
+        if content is not None:
+            (folder / "trainer_state.json").write_text(content)
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 

@@ -301,6 +301,22 @@ def test_train_in_bf16_leaves_a_model_that_can_be_copied(data: CityData) -> None
     assert same(copy.deepcopy(model), model)
 
 
+def test_train_in_bf16_is_in_bf16_where_the_backbone_was_trained_before(data: CityData) -> None:
+    options = replace(QUIET, patience=None, max_steps=3, mixed_precision="bf16")
+    fresh, again = lora(), lora()
+    backbone = again.get_base_model()
+    train(backbone.requires_grad_(True), data, replace(options, mixed_precision="no"))
+    again.load_state_dict(fresh.state_dict())
+    for name, parameter in again.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    assert "_is_accelerate_prepared" not in vars(backbone)
+    assert train(again, data, options).history == train(fresh, data, options).history
+    assert same(again, fresh)
+    backbone._is_accelerate_prepared = True  # as after a loop of the user's own, on accelerate
+    again, fresh = copy.deepcopy(again), copy.deepcopy(fresh)
+    assert train(again, data, options).history == train(fresh, data, options).history
+
+
 def test_train_with_foreign_data_raises_before_any_change(data: CityData) -> None:
     model = build_backbone("lstm", in_channels=3, hidden_size=4, window=6)
     start = copy.deepcopy(model)

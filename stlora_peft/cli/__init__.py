@@ -11,6 +11,7 @@ import typer
 
 from stlora_peft.cli import adapt, compare, convert, demo, evaluate, extend, forecast, pretrain, simulate, table
 from stlora_peft.cli.groups import expand
+from stlora_peft.cli.launch import check_launch
 from stlora_peft.cli.screen import Commands
 
 app = typer.Typer(
@@ -50,11 +51,13 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
     """Adapt a trained spatio-temporal graph network to a new city with a small adapter."""
+    check_launch(str(context.invoked_subcommand))
 
 
 def main() -> None:

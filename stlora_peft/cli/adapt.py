@@ -16,6 +16,7 @@ from stlora_peft.cli.options import Base, Force, LearningRate, Output, Parts, Re
 from stlora_peft.cli.screen import bold
 from stlora_peft.cli.tables import number, unit
 from stlora_peft.cli.training import Resumable, training_line, training_summary
+from stlora_peft.launch import is_main_process
 from stlora_peft.reports import KIB
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ def adapt(
     holds the last quarter of the given days back and says what the adapter is worth there; the adapter that is written
     is then trained on all of them.
     """
+    if no_training and not is_main_process():
+        return
     screen = output.screen()
     with screen.working("reading the city and the backbone"):
         from stlora_peft.comparison import adaptation_data
@@ -156,6 +159,8 @@ def adapt(
     else:
         build = partial(adapter.build, saved.backbone, data, seed, parts)
         model, facts, summary = _train(screen, checkpoints, build, data, options, refit_steps)
+    if not is_main_process():
+        return
     save_adapter(out, model)
     checkpoints.delete()
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -12,6 +12,7 @@ from stlora_peft.cli.options import Force, LearningRate, Output, Parts, Reading,
 from stlora_peft.cli.screen import bold
 from stlora_peft.cli.tables import errors_table
 from stlora_peft.cli.training import Resumable, training_line, training_summary
+from stlora_peft.launch import is_main_process
 
 EXAMPLE = "Example:  stlora pretrain la-loop.npz --backbone stgcn --out runs/la"
 _BACKBONE = "Backbone"
@@ -75,6 +76,8 @@ def pretrain(
     )
     checkpoints = Resumable(out, force)
     result = checkpoints.train(screen, "pretrain", model, data, options)
+    if not is_main_process():
+        return
     known = {"city": city.name, "quantity": city.quantity}
     save_backbone(out, model, scaler=data.scaler, time_features=time_features, **known)
     checkpoints.delete()

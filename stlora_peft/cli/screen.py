@@ -7,7 +7,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import typer
@@ -19,6 +19,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from stlora_peft.errors import message
+from stlora_peft.launch import is_main_process, process_count, process_index
 
 DEBUG = "stlora.debug"  # where --debug is kept in the context of a command
 RESUMABLE = ("pretrain", "adapt", "compare", "table")
@@ -48,7 +49,7 @@ class Commands(TyperGroup):
 
 
 class Screen:
-    """Where a command writes: for people, or as one JSON object.
+    """Where a command writes: for people, or as one JSON object; of several processes, the main one alone.
 
     Args:
         as_json: Write nothing but the JSON object on standard output.
@@ -56,6 +57,7 @@ class Screen:
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
+        self._speaks = is_main_process()
 
     @property
     def width(self) -> int:
@@ -69,12 +71,13 @@ class Screen:
             content: Text with rich's markup, or a table.
             wrap: Break long lines. Paths and commands must stay whole to be copied.
         """
-        if not self._as_json:
+        if self._speaks and not self._as_json:
             _stdout().print(content, soft_wrap=not wrap)
 
     def note(self, content: str) -> None:
         """Say something on the way to the result, on standard error."""
-        _stderr().print(Text(content, style="dim"), soft_wrap=True)
+        if self._speaks:
+            _stderr().print(Text(content, style="dim"), soft_wrap=True)
 
     def drawn(self, draw: Callable[[], None]) -> bool:
         """Draw a figure, or say what to install where matplotlib is missing.
@@ -98,7 +101,7 @@ class Screen:
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
         """Show on standard error that something without a bar of its own is under way."""
-        with _stderr().status(f"{what} ..."):
+        with _stderr().status(f"{what} ...") if self._speaks else nullcontext():
             yield
 
     def facts(self, **facts: object) -> None:
@@ -122,7 +125,7 @@ class Screen:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the JSON object where that was asked for."""
-        if self._as_json:
+        if self._speaks and self._as_json:
             sys.stdout.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
@@ -162,7 +165,9 @@ def _explanation(error: Exception) -> str | None:
 def _show_mistake(text: str) -> None:
     """Print the four lines of an error, whole."""
     first, *rest = text.splitlines()
-    shown = Text.assemble(("Error: ", "bold red"), (first, "bold"), *(f"\n{line}" for line in rest))
+    # Every process says it: where one ends with an error, the launcher may end the others before they speak.
+    who = "Error: " if process_count() == 1 else f"Error in process {process_index()}: "
+    shown = Text.assemble((who, "bold red"), (first, "bold"), *(f"\n{line}" for line in rest))
     _stderr().print(shown, soft_wrap=True)
 
 

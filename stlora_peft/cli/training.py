@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stlora_peft.launch import is_main_process
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -67,7 +69,8 @@ class Resumable:
         if folder.exists():
             screen.note(f"Going on from '{folder}'; --force starts again.")
         with ProgressBar(title) as bar:
-            return train(model, data, replace(options, progress=False), output_dir=folder, callbacks=[bar])
+            callbacks = [bar] if is_main_process() else []
+            return train(model, data, replace(options, progress=False), output_dir=folder, callbacks=callbacks)
 
 
 def training_line(result: TrainingResult) -> str:

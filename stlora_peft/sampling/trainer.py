@@ -15,6 +15,7 @@ from stlora_peft.callbacks import KeepBest, MovingAverage
 from stlora_peft.data import CityData, Windows
 from stlora_peft.errors import message
 from stlora_peft.frozen import FrozenActivations
+from stlora_peft.launch import process_count
 from stlora_peft.metrics import Metrics
 from stlora_peft.sampling.batches import PartBatches, city_parts, core_forecast, evaluate_parts
 from stlora_peft.sampling.optimizer import RowAdamW, clip_gradients
@@ -44,9 +45,9 @@ class PartTrainer(CityTrainer):
         best: KeepBest,
         watchers: list[TrainerCallback],
     ) -> None:
+        _check_one_process(process_count())
         self._parts = city_parts(data, options.nodes_per_step or data.city.num_nodes, options.hops)
         super().__init__(model, data, options, folder, keep=keep, average=average, best=best, watchers=watchers)
-        _check_one_process(self.args.world_size)
         self._on_device = [part.to(self.args.device) for part in self._parts]
         average.stepped = cast(RowAdamW, self.optimizer).stepped
         self.accelerator.clip_grad_norm_ = self._clip  # torch's own refuses sparse gradients
