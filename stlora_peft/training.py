@@ -220,7 +220,8 @@ def train(
         if options.progress and is_main_process():
             watchers.append(stack.enter_context(ProgressBar()))
         stack.enter_context(_deterministic())
-        stack.enter_context(keeping_freed_memory())
+        if options.nodes_per_step is None:  # parts of many sizes would leave gaps that none of the next fits
+            stack.enter_context(keeping_freed_memory())
         trainer = trainer_class(
             model, data, options, folder, keep=output_dir is not None, average=average, best=best, watchers=watchers
         )

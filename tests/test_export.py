@@ -43,7 +43,7 @@ def test_adapted_model_from_a_file_forecasts_the_same_for_any_batch(
     for batch in (2, 3, 8):
         inputs = (windows(N, batch=batch, seed=batch), edge_index, edge_weight.float())
         with torch.no_grad():
-            assert_same(forecaster(*inputs), model(*inputs), tolerance=2e-6)
+            assert_same(forecaster(*inputs), model(*inputs), tolerance=1e-5)
 
 
 def test_exported_adapter_is_that_of_the_city_and_needs_no_package_but_torch(
@@ -67,4 +67,4 @@ def test_a_free_batch_is_refused_where_the_backbone_has_a_constant_one(tmp_path:
     edge_index, edge_weight = graph(N)
     inputs = (windows(N, batch=3, seed=5), edge_index, edge_weight.float())
     with torch.no_grad():
-        assert_same(forecaster(*inputs), model(*inputs), tolerance=2e-6)
+        assert_same(forecaster(*inputs), model(*inputs), tolerance=1e-5)
