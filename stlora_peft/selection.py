@@ -120,7 +120,7 @@ def choose_conditioning(
         The choice. A candidate that the backbone does not support, or that diverges, is left out by name.
 
     Cost:
-        Two or three trainings of each candidate: with the defaults at most 4 times 3 times 200 steps.
+        Three trainings of each candidate, two with two days, six with less: by default 12, 8 or 24 times 200 steps.
 
     Raises:
         ValueError: If a candidate is unknown, the given days are too few, ``file`` is of another choice, or no

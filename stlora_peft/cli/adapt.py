@@ -63,7 +63,7 @@ class Adapter:
             metavar="FORM",
             help="How a node takes part in the update: gate, core, full, embedding, bias, shared. auto tries "
             "embedding, gate, core and the predictor alone on days that it holds back, and takes the best; it costs "
-            "up to 12 short trainings.",
+            "12 short trainings (24 with one day).",
             rich_help_panel=_ADAPTER,
         ),
     ] = "embedding"

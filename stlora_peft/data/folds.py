@@ -10,7 +10,8 @@ from stlora_peft.data.splits import CityData
 from stlora_peft.data.windows import Windows
 from stlora_peft.errors import message
 
-FOLDS = 3
+DAY_FOLDS, HOUR_FOLDS = 3, 6
+"""Of whole days, and of the hours of less than two: the longer a block, the less the rest says of it."""
 
 
 class Fold(CityData):
@@ -26,14 +27,14 @@ def held_out_folds(data: CityData) -> list[Fold]:
     """Cut the given windows into consecutive blocks and hold each of them back in turn.
 
     Of two days or more each block is made of whole days, and a window belongs to the day that its forecast begins on;
-    a part of a day goes with the last. Of less it is a third of the windows. No window that trains shares a step with
-    one that is held back.
+    a part of a day goes with the last. Of less it is a sixth of the windows, four hours of a day. No window that
+    trains shares a step with one that is held back.
 
     Args:
         data: The city.
 
     Returns:
-        :data:`FOLDS` folds, of two days two. Every given window is held back in one of them.
+        Three folds of three days or more, two of two, six of less. Every given window is held back in one of them.
 
     Raises:
         ValueError: If a block leaves nothing to train on, or has no reading to compare with.
@@ -49,11 +50,11 @@ def held_out_folds(data: CityData) -> list[Fold]:
     starts, span = windows.starts, windows.window + windows.horizon
     days = math.floor(len(data.split.given) / data.city.steps_per_day)
     if days >= 2:
-        count = min(FOLDS, days)
+        count = min(DAY_FOLDS, days)
         day = ((starts + windows.window - data.split.given.start) // data.city.steps_per_day).clamp(max=days - 1)
         block = (day * count // days).long()
     else:
-        count = FOLDS
+        count = HOUR_FOLDS
         block = torch.arange(len(starts)) * count // len(starts)
     folds = []
     for number in range(count):
