@@ -220,7 +220,7 @@ def _settings(
     backbone: nn.Module, data: CityData, options: TrainingOptions, settings: dict[str, Any], folds: int
 ) -> str:
     """Hash everything that the errors of one choice share."""
-    length = [options.max_steps, folds, len(data.split.given)]
+    length = [options.max_steps, folds, len(data.split.given), FORMS]
     return hash_with_city([fingerprint(backbone), options.chosen(*_UNUSED), length, settings], data.city)
 
 
