@@ -75,8 +75,10 @@ def compare(
         epoch), ``trainable_parameters``, ``total_parameters``, ``seconds`` (the training that counts),
         ``search_seconds`` (all trainings), ``peak_memory`` (bytes that the training that counts took at most beyond
         those in use before; None where the system does not say), ``adapter_bytes`` (what the city needs on disk
-        beside the backbone), ``settings`` (a hash of everything that the rows of one table share) and ``recipe`` (a
-        hash of what the rows of one method share: what is trained, the adapter's configuration).
+        beside the backbone), ``choice`` (what was chosen and what each candidate was worth, see
+        :meth:`stlora_peft.selection.Choice.to_dict`; None where nothing was), ``settings`` (a hash of everything that
+        the rows of one table share) and ``recipe`` (a hash of what the rows of one method share: what is trained, the
+        adapter's configuration).
 
     Raises:
         ValueError: If a method is unknown, a list is empty, the backbone does not fit the city, or ``output_dir``

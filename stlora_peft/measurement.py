@@ -19,8 +19,10 @@ from stlora_peft.checkpoints import trainable_state
 from stlora_peft.data import CityData, Windows
 from stlora_peft.evaluation import evaluate, evaluate_persistence, measure
 from stlora_peft.memory import PeakMemory
-from stlora_peft.methods import Build, Candidate, Method
+from stlora_peft.methods import Build, Candidate, Method, build_adapter
+from stlora_peft.methods.trained import CHOSEN
 from stlora_peft.metrics import Metrics
+from stlora_peft.selection import Choice, choose_conditioning
 from stlora_peft.significance import DailyErrors
 from stlora_peft.storage import ADAPTER_WEIGHTS, save_adapter
 from stlora_peft.tensorfiles import tensors_to_bytes
@@ -95,7 +97,8 @@ class Run:
             details = _sizes(candidate.model, trained=False)
             details["best_val_mae"] = self._errors(candidate.model, self.data.val).mae
         else:
-            candidate, details = self._train(method.build, title)
+            train = self._train_chosen if method.chooses else self._train
+            candidate, details = train(method.build, title)
             details |= _sizes(candidate.model)
         return _row(self._errors(candidate.model, self.data.test, daily), daily, candidate.implementation, **details)
 
@@ -123,6 +126,27 @@ class Run:
         details |= {"seconds": best.result.seconds, "peak_memory": best.peak_memory}
         return best.candidate, details | {"search_seconds": sum(one.result.seconds for one in tried)}
 
+    def _train_chosen(self, build: Build, title: str) -> tuple[Candidate, Row]:
+        """Search the rate with the default form, choose the form with that rate, and train what was chosen."""
+        seconds = 0.0
+        rate = self.learning_rates[0]
+        if len(self.learning_rates) > 1:
+            tried = [self._trained(build, title, learning_rate=rate) for rate in self.learning_rates]
+            rate = min(tried, key=lambda one: one.result.best_val_mae).rate
+            seconds = sum(one.result.seconds for one in tried)
+        choice = self._choose(title, rate)
+        chosen = replace(self, learning_rates=[rate])
+        candidate, details = chosen._train(_of_choice(choice), f"{title}, {choice.name}")
+        details["search_seconds"] += seconds + choice.seconds
+        return candidate, details | {"choice": choice.to_dict()}
+
+    def _choose(self, title: str, rate: float) -> Choice:
+        """Choose the form of an adapter."""
+        options = replace(self.options, learning_rate=rate)
+        return choose_conditioning(
+            self.backbone, self.data, options, job=lambda part: self.bars.job(f"{title}, {part}")
+        )
+
     def _trained(self, build: Build, title: str, **options: Any) -> _Training:
         """Train a fresh model; its first weights, and all else that is drawn, follow from the seed."""
         torch.manual_seed(self.options.seed)
@@ -135,6 +159,15 @@ class Run:
     def _errors(self, model: nn.Module, windows: Windows, daily: DailyErrors | None = None) -> Metrics:
         """Measure a model."""
         return evaluate(model, windows, self.data, batch_size=self.options.eval_batch_size, daily=daily)
+
+
+def _of_choice(choice: Choice) -> Build:
+    """Build the chosen form."""
+
+    def build(backbone: nn.Module, data: CityData) -> Candidate:
+        return Candidate(build_adapter(backbone, data, **choice.settings), CHOSEN)
+
+    return build
 
 
 @dataclass(frozen=True)
@@ -164,6 +197,7 @@ def _row(test: Metrics, daily: DailyErrors, implementation: str, **details: Any)
         "seconds": 0.0,
         "search_seconds": 0.0,
         "peak_memory": None,
+        "choice": None,
     }
     return {name: _plain(value) for name, value in (row | details).items()}
 

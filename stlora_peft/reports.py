@@ -134,9 +134,11 @@ def _summary(rows: list[Row]) -> Summary:
         horizon: {name: Spread.of([row["horizons"][horizon][name] for row in rows]) for name in known}
         for horizon, known in first["horizons"].items()
     }
-    known = ("method", "implementation", "days", "trainable_parameters", "total_parameters", "adapter_bytes")
+    chosen = [f"seed {row['seed']} chose {row['choice']['chosen']}" for row in rows if row.get("choice")]
+    known = ("method", "days", "trainable_parameters", "total_parameters", "adapter_bytes")
     return Summary(
         **{name: first[name] for name in known},
+        implementation="; ".join([first["implementation"], *chosen]),
         seeds=tuple(row["seed"] for row in rows),
         errors=errors,
         seconds=statistics.fmean(row["seconds"] for row in rows),

@@ -123,7 +123,7 @@ def test_options_have_the_defaults_and_choices_of_the_package() -> None:
     assert Training().options() == known
     assert (Training().epochs, Training().patience) == (known.max_epochs, known.patience)
     hints = get_type_hints(Adapter)
-    assert set(get_args(hints["conditioning"])) == set(CONDITIONINGS)
+    assert set(get_args(hints["conditioning"])) == {*CONDITIONINGS, "auto"}
 
 
 def test_command_line_in_a_process_of_its_own_exits_with_2_and_writes_pure_json(work: Path, tmp_path: Path) -> None:

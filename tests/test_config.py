@@ -77,6 +77,15 @@ def test_alpha_that_is_no_finite_number_raises(name, value):
     assert (lines["expected"], lines["got"]) == ("a finite number", repr(value))
 
 
+def test_conditioning_auto_says_what_chooses():
+    assert raised(lambda: STLoraConfig(conditioning="auto")) == {
+        "where": "STLoraConfig.conditioning cannot be chosen without data",
+        "expected": "'gate', 'core', 'full', 'embedding', 'bias', 'shared'",
+        "got": "'auto'",
+        "fix": "choose by stlora_peft.selection.choose_conditioning, or adapt by 'stlora adapt --conditioning auto'",
+    }
+
+
 def test_unknown_conditioning_lists_the_known():
     assert raised(lambda: STLoraConfig(conditioning="gates")) == {
         "where": "STLoraConfig.conditioning is unknown",

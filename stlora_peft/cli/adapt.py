@@ -14,8 +14,9 @@ from rich.markup import escape
 from stlora_peft.cli.files import check_adapter_folder
 from stlora_peft.cli.options import Base, Force, LearningRate, Output, Parts, Reading, Seed, Training
 from stlora_peft.cli.screen import bold
-from stlora_peft.cli.tables import number, unit
+from stlora_peft.cli.tables import forms_table, number, unit
 from stlora_peft.cli.training import Resumable, training_line, training_summary
+from stlora_peft.errors import message
 from stlora_peft.launch import is_main_process
 from stlora_peft.reports import KIB
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from stlora_peft.cli.screen import Screen
     from stlora_peft.data import CityData
+    from stlora_peft.selection import Choice
     from stlora_peft.training import TrainingOptions
 
 EXAMPLE = "Example:  stlora adapt shenzhen-flow.npz --base runs/la --days 3 --out runs/shenzhen"
@@ -56,10 +58,12 @@ class Adapter:
     """What kind of adapter is trained."""
 
     conditioning: Annotated[
-        Literal["gate", "core", "full", "embedding", "bias", "shared"],
+        Literal["gate", "core", "full", "embedding", "bias", "shared", "auto"],
         typer.Option(
             metavar="FORM",
-            help="How a node takes part in the update: gate, core, full, embedding, bias, shared.",
+            help="How a node takes part in the update: gate, core, full, embedding, bias, shared. auto tries "
+            "embedding, gate, core and the predictor alone on days that it holds back, and takes the best; it costs "
+            "12 short trainings (24 with one day).",
             rich_help_panel=_ADAPTER,
         ),
     ] = "embedding"
@@ -95,17 +99,47 @@ class Adapter:
         ),
     ] = False
 
-    def build(self, backbone: nn.Module, data: CityData, seed: int, parts: Parts) -> PeftModel:
+    def check(self, no_training: bool) -> None:
+        """Refuse to choose where there is nothing to choose from, or nothing to choose by.
+
+        Args:
+            no_training: Nothing is to be trained.
+
+        Raises:
+            ValueError: If the form is to be chosen with ``--frugal`` or without training.
+        """
+        other = "--no-training" if no_training else "--frugal"
+        if self.conditioning == "auto" and (no_training or self.frugal):
+            raise ValueError(
+                message(
+                    f"--conditioning auto has nothing to choose with {other}",
+                    expected="one of the two options",
+                    got=f"--conditioning auto {other}",
+                    fix=f"leave out {other}, or --conditioning",
+                )
+            )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments of the adapter's configuration, but for the form where it is to be chosen."""
+        from stlora_peft.methods import FRUGAL
+
+        settings: dict[str, Any] = {"r": self.rank, "lora_alpha": self.alpha}
+        settings |= {} if self.conditioning == "auto" else {"conditioning": self.conditioning}
+        settings |= {} if self.predictor else {"predictor": None}
+        return settings | (FRUGAL if self.frugal else {})
+
+    def build(
+        self, backbone: nn.Module, data: CityData, seed: int, parts: Parts, choice: Choice | None = None
+    ) -> PeftModel:
         """Put an untrained adapter on a copy of the backbone."""
         import torch
 
-        from stlora_peft.methods import FRUGAL, build_adapter
+        from stlora_peft.methods import build_adapter
 
-        settings: dict[str, Any] = {"conditioning": self.conditioning, "r": self.rank, "lora_alpha": self.alpha}
         torch.manual_seed(seed)
-        settings |= {} if self.predictor else {"predictor": None}
-        settings |= FRUGAL if self.frugal else {}
-        return build_adapter(backbone, data, parts=parts.of(data), **settings)
+        chosen = {} if choice is None else choice.settings
+        return build_adapter(backbone, data, parts=parts.of(data), **{**self.settings, **chosen})
 
 
 def adapt(
@@ -132,6 +166,7 @@ def adapt(
     holds the last quarter of the given days back and says what the adapter is worth there; the adapter that is written
     is then trained on all of them.
     """
+    adapter.check(no_training)
     if no_training and not is_main_process():
         return
     screen = output.screen()
@@ -155,10 +190,13 @@ def adapt(
     if no_training:
         with screen.working("fitting the predictor"):
             model = calibrated(adapter.build(saved.backbone, data, seed, parts), data)
-        facts, summary = {"training": "none: the predictor was fitted in closed form"}, {"training": None}
+        facts = {"training": "none: the predictor was fitted in closed form"}
+        summary: dict[str, Any] = {"training": None}
     else:
-        build = partial(adapter.build, saved.backbone, data, seed, parts)
+        choice = _choose(screen, checkpoints, adapter, saved.backbone, data, options)
+        build = partial(adapter.build, saved.backbone, data, seed, parts, choice)
         model, facts, summary = _train(screen, checkpoints, build, data, options, refit_steps)
+        summary |= {} if choice is None else {"choice": choice.to_dict()}
     if not is_main_process():
         return
     save_adapter(out, model)
@@ -186,6 +224,37 @@ def adapt(
             **summary,
         }
     )
+
+
+def _choose(
+    screen: Screen,
+    checkpoints: Resumable,
+    adapter: Adapter,
+    backbone: nn.Module,
+    data: CityData,
+    options: TrainingOptions,
+) -> Choice | None:
+    """Choose the form of the adapter where none is named, and show what each was worth."""
+    if adapter.conditioning != "auto":
+        return None
+    from stlora_peft.selection import choose_conditioning
+
+    file = checkpoints.folder / "choice.json"
+    if file.exists():
+        screen.note(f"Going on from '{file}'; --force starts again.")
+    choice = choose_conditioning(backbone, data, options, settings=adapter.settings, file=file)
+    count = len(choice.folds[choice.name])
+    columns = {"mean": choice.errors}
+    for place in range(count):
+        columns[f"fold {place + 1}"] = {name: errors[place] for name, errors in choice.folds.items()}
+    screen.say(forms_table("MAE on given days that were held back", columns, data.city))
+    for name, reason in choice.left_out.items():
+        screen.say(f"{name} is left out: {escape(reason)}")
+    screen.say(
+        f"Chosen: {bold(choice.name)}, by {count} trainings of {choice.steps} steps for each form, "
+        f"{choice.seconds:.0f} s"
+    )
+    return choice
 
 
 def _train(

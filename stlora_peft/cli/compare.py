@@ -10,8 +10,8 @@ import typer
 from stlora_peft.cli.adapt import Days, RefitSteps
 from stlora_peft.cli.files import read_list
 from stlora_peft.cli.options import Base, Output, Reading, Training
-from stlora_peft.cli.screen import Screen
-from stlora_peft.cli.tables import comparison_table
+from stlora_peft.cli.screen import Screen, bold
+from stlora_peft.cli.tables import comparison_table, forms_table
 
 if TYPE_CHECKING:
     from stlora_peft.data import City
@@ -39,7 +39,8 @@ def compare(
             metavar="LIST",
             help="Untrained: zero-shot, zero-shot+, persistence, ha, var, svr. Rivals: scratch, head, norm, full, "
             "ia3, dora, lora, node-embedding, node-prompt, full+node-embedding. Ours: st-lora, full+st-lora, "
-            "st-lora-FORM, st-lora-FORM-layers (no predictor), st-lora-predictor, st-lora-frugal.",
+            "st-lora-FORM, st-lora-FORM-layers (no predictor), st-lora-predictor, st-lora-frugal, "
+            "st-lora-auto (takes the form that is best on held-out days).",
         ),
     ] = "zero-shot,persistence,head,full,lora,st-lora",
     seeds: Annotated[str, typer.Option(metavar="LIST", help="Each is a training of its own.")] = "0,1,2",
@@ -81,6 +82,12 @@ def compare(
     }
     files = {"results": str(results), **write_reports(screen, out, read_json(results), city, saved, settings)}
     screen.say(comparison_table(rows, f"{saved.city} to {city.name}", city, screen.width))
+    chosen = {f"{row['method']}, seed {row['seed']}": row["choice"] for row in rows if row.get("choice")}
+    if chosen:
+        errors = {name: choice["errors"] for name, choice in chosen.items()}
+        screen.say(forms_table("MAE on given days that were held back", errors, city))
+        for name, choice in chosen.items():
+            screen.say(f"{name}: {bold(choice['chosen'])} is chosen")
     screen.facts(**files)
     screen.finish({"rows": rows, "files": files})
 

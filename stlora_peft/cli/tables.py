@@ -74,6 +74,22 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], title: str, city: City, 
     return table
 
 
+def forms_table(title: str, errors: Mapping[str, Mapping[str, float]], city: City) -> Table:
+    """Table of the forms of an adapter that were tried, the lowest error of each column in bold.
+
+    Args:
+        title: What it shows; the unit is added.
+        errors: Errors by column and then by form; a form that was left out somewhere has none there.
+        city: The city, for the unit.
+    """
+    table = new_table(f"{title}; {unit(city)}", "form", *errors)
+    forms = list(dict.fromkeys(form for column in errors.values() for form in column))
+    columns = [_lowest_in_bold([column.get(form) for form in forms]) for column in errors.values()]
+    for form, *cells in zip(forms, *columns, strict=True):
+        table.add_row(form, *cells)
+    return table
+
+
 def unit(city: City) -> str:
     """What a city's errors are measured in."""
     return city.quantity or "in the readings' own units"

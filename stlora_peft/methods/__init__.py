@@ -7,10 +7,22 @@ from collections.abc import Iterable
 from stlora_peft.baselines import BASELINES
 from stlora_peft.errors import message
 from stlora_peft.methods import trained
-from stlora_peft.methods.candidates import FRUGAL, Build, Candidate, Method, build_adapter, calibrated, forward_batches
+from stlora_peft.methods.candidates import (
+    DEFAULT_FORM,
+    FORMS,
+    FRUGAL,
+    Build,
+    Candidate,
+    Method,
+    build_adapter,
+    calibrated,
+    forward_batches,
+)
 from stlora_peft.tuner.conditioning import CONDITIONINGS
 
 __all__ = [
+    "DEFAULT_FORM",
+    "FORMS",
     "FRUGAL",
     "METHODS",
     "Build",
@@ -66,6 +78,7 @@ for form in (form for form in CONDITIONINGS if form != "shared"):
         "the same without the predictor", trained.adapter(conditioning=form, predictor=None)
     )
 METHODS["st-lora-frugal"] = Method("a narrow predictor alone", trained.adapter(**FRUGAL))
+METHODS["st-lora-auto"] = Method("st-lora in the form that is best on held-out days", trained.auto, chooses=True)
 METHODS["st-lora-predictor"] = Method("the node-specific predictor alone", trained.adapter(target_modules=[]))
 
 

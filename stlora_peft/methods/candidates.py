@@ -31,6 +31,15 @@ FRUGAL: dict[str, Any] = {
     "predictor": {"width": 16, "num_layers": 1, "input_layout": "b t n c", "output_layout": "b t n c"},
 }
 """Settings of a small adapter: a narrow predictor alone, about 1,500 numbers and 4 for each node."""
+FORMS: dict[str, dict[str, Any]] = {
+    "embedding": {},
+    "predictor": {"target_modules": []},
+    "gate": {"conditioning": "gate"},
+    "core": {"conditioning": "core"},
+}
+"""Settings of the adapters that :mod:`stlora_peft.selection` chooses from, the default first; all have the predictor
+where the backbone allows it, and ``"predictor"`` has nothing else."""
+DEFAULT_FORM = "embedding"
 CALIBRATION_ROWS = 100_000  # windows times nodes: more would tell least absolute deviations nothing new
 
 
@@ -71,12 +80,15 @@ class Method:
         build: Makes the model; None where the method has none.
         trained: Whether the model is trained.
         baseline: Forecaster without a backbone that is fitted instead.
+        chooses: Whether the form of its adapter is one of ``FORMS``, chosen with each seed by
+            :func:`stlora_peft.selection.choose_conditioning`. ``build`` makes the default form then.
     """
 
     description: str
     build: Build | None = None
     trained: bool = True
     baseline: type[Baseline] | None = None
+    chooses: bool = False
 
 
 def build_adapter(

@@ -12,12 +12,14 @@ from stlora_peft.backbones import Forecaster, build_backbone
 from stlora_peft.data import CityData
 from stlora_peft.errors import message
 from stlora_peft.methods import node_inputs as at_input
-from stlora_peft.methods.candidates import Build, Candidate, backbone_spec, build_adapter, calibrated, rebuilt
+from stlora_peft.methods.candidates import FORMS, Build, Candidate, backbone_spec, build_adapter, calibrated, rebuilt
 from stlora_peft.methods.node_inputs import NodeInputs
 from stlora_peft.methods.peft_layers import LORA, dora_model, low_rank_refusal, peft_targets
 from stlora_peft.tuner.node_bound import rebuild
 
 NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+CHOSEN = f"the one of {', '.join(FORMS)} with the lowest error on given days that are held back in turn"
 
 
 def zero_shot(backbone: nn.Module, data: CityData) -> Candidate:
@@ -147,6 +149,11 @@ def adapter(**settings: Any) -> Build:
         return Candidate(build_adapter(backbone, data, **settings), f"STLoraConfig({words or 'num_nodes=N'})")
 
     return build
+
+
+def auto(backbone: nn.Module, data: CityData) -> Candidate:
+    """Train the form of adapter that is best on held-out days; this is the default one, to search the rate with."""
+    return Candidate(build_adapter(backbone, data), CHOSEN)
 
 
 node_embedding = node_inputs(at_input.node_embedding, "a free vector of each node added to the input")

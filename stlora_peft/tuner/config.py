@@ -19,6 +19,7 @@ from stlora_peft.tuner.ranges import check_at_least_one, check_finite, check_pro
 from stlora_peft.tuner.registration import stlora_type
 
 RANK, LARGE_RANK, LARGE = 8, 2, 250_000
+CHOOSING = "choose by stlora_peft.selection.choose_conditioning, or adapt by 'stlora adapt --conditioning auto'"
 
 
 @dataclass
@@ -186,12 +187,13 @@ class STLoraConfig(PeftConfig):
 
     def _check_choices(self) -> None:
         if self.conditioning not in CONDITIONINGS:
+            auto = self.conditioning == "auto"
             raise ValueError(
                 message(
-                    "STLoraConfig.conditioning is unknown",
+                    f"STLoraConfig.conditioning {'cannot be chosen without data' if auto else 'is unknown'}",
                     expected=", ".join(repr(c) for c in CONDITIONINGS),
                     got=repr(self.conditioning),
-                    fix="choose one of them; 'embedding' is the default",
+                    fix=CHOOSING if auto else "choose one of them; 'embedding' is the default",
                 )
             )
         if not (self.predictor is None or self.predictor == "auto" or isinstance(self.predictor, PredictorConfig)):
