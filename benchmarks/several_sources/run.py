@@ -47,7 +47,7 @@ def rows_of(folder: Path, name: str, backbone: str) -> list[dict[str, Any]]:
     found = read_json(path) if path.exists() else []
     rows = []
     for method in METHODS:
-        errors = [row["mae"] for row in found if row["method"] == method]
+        errors = [row["mae"] for row in found if row["method"] == method and row["seed"] in SEEDS]
         if errors:
             row = {"backbone": backbone, "sources": name, "method": method, "mae": errors}
             rows.append({**row, "mean": statistics.mean(errors), "std": statistics.pstdev(errors)})
@@ -56,7 +56,7 @@ def rows_of(folder: Path, name: str, backbone: str) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """The results as Markdown."""
-    means = {(row["backbone"], row["sources"], row["method"]): row["mean"] for row in rows}
+    known = {(row["backbone"], row["sources"], row["method"]): row for row in rows}
     lines = [
         "# One source city or three",
         "",
@@ -68,13 +68,19 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         "|---|---|" + "---:|" * len(METHODS),
     ]
     for backbone, name in dict.fromkeys((row["backbone"], row["sources"]) for row in rows):
-        cells = []
-        for row in (row for row in rows if (row["backbone"], row["sources"]) == (backbone, name)):
-            first = means.get((backbone, "one", row["method"]))
-            relative = "" if first is None or name == "one" else f" ({100 * (row['mean'] / first - 1):+.1f} %)"
-            cells.append(f"{row['mean']:.3f} ± {row['std']:.3f}{relative}")
+        cells = [
+            _cell(known.get((backbone, name, method)), known.get((backbone, "one", method))) for method in METHODS
+        ]
         lines.append(f"| {backbone} | {SOURCES[name][0]} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", footer(about, "seeds")]) + "\n"
+
+
+def _cell(row: dict[str, Any] | None, one: dict[str, Any] | None) -> str:
+    """Mean, spread and the change against one city; a dash for what has not been measured for every seed."""
+    if row is None or len(row["mae"]) < len(SEEDS):
+        return "-"
+    change = "" if one is None or one is row else f" ({100 * (row['mean'] / one['mean'] - 1):+.1f} %)"
+    return f"{row['mean']:.3f} ± {row['std']:.3f}{change}"
 
 
 def main() -> None:
