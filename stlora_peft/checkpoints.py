@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +53,12 @@ def copy_state(source: dict[str, torch.Tensor], model: nn.Module) -> None:
             target[name].copy_(tensor)
 
 
-def signature(model: nn.Module, data: CityData, options: TrainingOptions) -> dict[str, Any]:
+def signature(model: nn.Module, data: CityData | Sequence[CityData], options: TrainingOptions) -> dict[str, Any]:
     """Describe a training, so that a checkpoint of another one is recognised.
 
     Args:
         model: The model to train.
-        data: The city to train it on.
+        data: The city to train it on, or several.
         options: How to train. Those that only say when to stop are left out.
 
     Returns:
@@ -71,11 +72,19 @@ def signature(model: nn.Module, data: CityData, options: TrainingOptions) -> dic
     shapes = {name: list(tensor.shape) for name, tensor in trainable_state(model).items()}
     return {
         "options": options.chosen(*_MAY_CHANGE),
-        "city": {"name": data.city.name, "nodes": data.city.num_nodes, "windows": len(options.windows(data))},
-        "scaler": data.scaler.to_dict(),
+        "city": _for_each(
+            data,
+            lambda one: {"name": one.city.name, "nodes": one.city.num_nodes, "windows": len(options.windows(one))},
+        ),
+        "scaler": _for_each(data, lambda one: one.scaler.to_dict()),
         "trained tensors": shapes,
         "frozen weights": digest.hexdigest(),
     }
+
+
+def _for_each(data: CityData | Sequence[CityData], describe: Callable[[CityData], Any]) -> Any:
+    """What is said of a city, or a list of it for several."""
+    return describe(data) if isinstance(data, CityData) else [describe(one) for one in data]
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:

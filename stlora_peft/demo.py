@@ -19,6 +19,7 @@ from stlora_peft.figures import draw_against_truth, pick_nodes
 from stlora_peft.measurement import Row
 from stlora_peft.methods import build_adapter
 from stlora_peft.metrics import Metrics
+from stlora_peft.sources import described
 from stlora_peft.storage import SavedBackbone, load_adapter, load_backbone, save_adapter, save_backbone
 from stlora_peft.training import TrainingOptions, TrainingResult, train
 
@@ -148,8 +149,7 @@ def pretrain(
     data = prepare(city, pretraining_split(city.num_steps))
     backbone = new_backbone("stgcn", data, seed=settings.pretraining.seed, hidden_channels=settings.width)
     result = train(backbone, data, settings.pretraining, callbacks=callbacks)
-    known = {"city": city.name, "quantity": city.quantity}
-    save_backbone(places.base, backbone, scaler=data.scaler, time_features=data.time_features, **known)
+    save_backbone(places.base, backbone, **described([data]))
     errors = {"persistence": evaluate_persistence(data.test, data), "stgcn": evaluate(backbone, data.test, data)}
     return Pretrained(load_backbone(places.base), result, errors)
 

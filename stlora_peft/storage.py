@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,17 +30,35 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
+class SourceCity:
+    """One of several cities that a backbone was trained on.
+
+    Args:
+        city: Its name.
+        quantity: What was measured there.
+        num_nodes: Number of its nodes.
+        scaler: Its statistics.
+    """
+
+    city: str
+    quantity: str
+    num_nodes: int
+    scaler: Scaler
+
+
+@dataclass(frozen=True)
 class SavedBackbone:
     """A trained backbone with what was known about the city that it was trained on.
 
     Args:
         backbone: The forecaster, in evaluation mode.
-        scaler: Statistics of that city.
-        city: Name of that city.
+        scaler: Statistics of that city; of several, those of the first.
+        city: Name of that city; of several, all names with ``" + "`` between them.
         quantity: What was measured there, e.g. ``"speed"``.
         time_features: Time encodings that the backbone reads: ``"none"``, ``"day"`` or ``"week"``.
         fingerprint: Hash of the weights.
         versions: Packages that wrote the folder.
+        sources: Each of several cities, in the order of their nodes in the backbone; empty where there was one.
     """
 
     backbone: Forecaster
@@ -50,6 +68,7 @@ class SavedBackbone:
     time_features: TimeFeatures
     fingerprint: str
     versions: Mapping[str, str]
+    sources: tuple[SourceCity, ...] = ()
 
 
 def save_backbone(
@@ -60,6 +79,7 @@ def save_backbone(
     city: str,
     quantity: str = "",
     time_features: TimeFeatures = "day",
+    sources: Sequence[SourceCity] = (),
 ) -> None:
     """Write a trained backbone to a folder: ``backbone.safetensors`` and ``backbone.json``.
 
@@ -70,6 +90,7 @@ def save_backbone(
         city: Name of that city.
         quantity: What was measured there.
         time_features: Time encodings that the backbone reads.
+        sources: The cities, where it was trained on several; :func:`stlora_peft.sources.described` makes all of this.
 
     Example:
         >>> import tempfile
@@ -96,6 +117,7 @@ def save_backbone(
             "scaler": scaler.to_dict(),
             "fingerprint": fingerprint(backbone),
             "versions": _versions(),
+            **({"sources": [{**vars(one), "scaler": one.scaler.to_dict()} for one in sources]} if sources else {}),
         },
     )
 
@@ -119,6 +141,8 @@ def load_backbone(directory: str | os.PathLike[str]) -> SavedBackbone:
     try:
         backbone = build_backbone(known["name"], **known["hyperparameters"])
         scaler = Scaler.from_dict(known["scaler"])
+        found_sources = [{**one, "scaler": Scaler.from_dict(one["scaler"])} for one in known.get("sources", ())]
+        sources = tuple(SourceCity(**one) for one in found_sources)
     except (TypeError, ValueError, KeyError) as error:
         _refuse(folder / DESCRIPTION, "the description of a backbone of this version", str(error))
     _load_state(backbone, load_tensors(folder / WEIGHTS), folder / WEIGHTS)
@@ -128,6 +152,7 @@ def load_backbone(directory: str | os.PathLike[str]) -> SavedBackbone:
     return SavedBackbone(
         backbone=backbone.eval(),
         scaler=scaler,
+        sources=sources,
         **{key: known[key] for key in ("city", "quantity", "time_features", "fingerprint", "versions")},
     )
 

@@ -29,7 +29,7 @@ from stlora_peft.errors import message
 from stlora_peft.evaluation import Replaying, evaluate, evaluation_mode, no_replay
 from stlora_peft.frozen import FrozenActivations
 from stlora_peft.launch import process_count, process_index
-from stlora_peft.metrics import Metrics, masked_mae
+from stlora_peft.metrics import masked_mae
 from stlora_peft.shared_norms import sharing_norms
 from stlora_peft.trainer_arguments import trainer_arguments
 from stlora_peft.training import TrainingOptions
@@ -211,8 +211,8 @@ class CityTrainer(Trainer):
             scaled: torch.Tensor = model(inputs["x"], *self._edges)
         return scaled
 
-    def _errors(self, windows: Windows) -> Metrics:
-        """Errors over all windows."""
+    def _validation_mae(self, windows: Windows) -> float:
+        """Masked MAE over all windows."""
         return evaluate(
             self._forecaster,
             processes.share_of(windows),
@@ -220,7 +220,7 @@ class CityTrainer(Trainer):
             batch_size=self._options.eval_batch_size,
             replaying=self._replaying,
             combine=partial(processes.total, device=self.args.device),
-        )
+        ).mae
 
     def evaluate(
         self,
@@ -231,7 +231,7 @@ class CityTrainer(Trainer):
         """Return the masked MAE over all windows; the Trainer's own loop would average over batches."""
         windows = eval_dataset or self._data.val
         with self._average.applied(self._forecaster):
-            metrics = {f"{metric_key_prefix}_mae": self._errors(windows).mae}
+            metrics = {f"{metric_key_prefix}_mae": self._validation_mae(windows)}
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -19,6 +19,7 @@ from stlora_peft.data import CityData, Windows
 from stlora_peft.errors import message
 from stlora_peft.evaluation import check_fit
 from stlora_peft.launch import is_main_process
+from stlora_peft.sources import check_sources
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -143,7 +144,7 @@ class TrainingResult:
             ``val_mae`` where it was validated.
 
     Units:
-        Errors in the city's units.
+        Errors in the city's units; of several cities in standard deviations of each city's readings.
     """
 
     best_val_mae: float
@@ -156,13 +157,13 @@ class TrainingResult:
 
 def train(
     model: nn.Module,
-    data: CityData,
+    data: CityData | Sequence[CityData],
     options: TrainingOptions | None = None,
     *,
     output_dir: str | os.PathLike[str] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainingResult:
-    """Train the parameters of a model that require gradients, in place.
+    r"""Train the parameters of a model that require gradients, in place.
 
     The loss is the masked mean absolute error in the city's units. What is validated, before the first step and after
     every pass over the data, is the moving average of the trained tensors over the steps; the model ends in its best
@@ -171,10 +172,15 @@ def train(
     Modules that are bound to the number of nodes must fit the city already, see :func:`stlora_peft.tuner.rebuild` and
     :func:`stlora_peft.tuner.reestimate`.
 
+    Of several cities every batch is of one, and a pass meets all windows of all of them, the batches shuffled. Errors
+    are in the scaled units of each city then, :math:`|\hat y - y| / \sigma`, so that flows in vehicles do not drown
+    speeds; the validation error is the mean over the cities. Modules that are bound to the number of nodes hold the
+    nodes of all cities, one city after the other, and a batch sees and moves those of its own city alone.
+
     Args:
         model: A backbone, or a :class:`peft.PeftModel` around one. ``accelerate`` chooses the device and leaves the
             model there.
-        data: The city with its training and validation windows, its scaler and its graph.
+        data: The city with its training and validation windows, its scaler and its graph; or several cities.
         options: How to train.
         output_dir: Folder for checkpoints (safetensors, JSON, and the Trainer's own optimiser files). A training that
             was interrupted goes on from the newest of them. Without it nothing is written.
@@ -185,8 +191,9 @@ def train(
 
     Raises:
         ValueError: If window, horizon or channels of the data do not fit the model, if nothing can be trained or
-            validated, if it diverges without a validation, or if ``output_dir`` holds the checkpoints of another
-            training.
+            validated, if it diverges without a validation, if ``output_dir`` holds the checkpoints of another
+            training, or if several cities cannot be trained on together, see
+            :func:`stlora_peft.sources.check_sources`.
 
     Example:
         >>> from stlora_peft.backbones import build_backbone
@@ -198,17 +205,14 @@ def train(
         >>> train(model, prepare(city, split, window=12, horizon=12), options).epochs
         1
     """
-    from stlora_peft.callbacks import (
-        KeepBest,
-        MovingAverage,
-        ProgressBar,
-    )  # these need the Trainer, which is slow to import
+    from stlora_peft.callbacks import KeepBest, MovingAverage, ProgressBar  # the Trainer is slow to import
+    from stlora_peft.sampling.sources import SourcesTrainer
     from stlora_peft.sampling.trainer import PartTrainer
     from stlora_peft.trainer import CityTrainer
 
     options = options or TrainingOptions()
-    trainer_class = CityTrainer if options.nodes_per_step is None else PartTrainer
-    _check_trainable(model, data, options)
+    cities = [data] if isinstance(data, CityData) else list(data)
+    _check_trainable(model, cities, options)
     best, average = KeepBest(options.patience), MovingAverage(options.ema_decay)
     began = time.perf_counter()
     with ExitStack() as stack:
@@ -222,9 +226,12 @@ def train(
         stack.enter_context(_deterministic())
         if options.nodes_per_step is None:  # parts of many sizes would leave gaps that none of the next fits
             stack.enter_context(keeping_freed_memory())
-        trainer = trainer_class(
-            model, data, options, folder, keep=output_dir is not None, average=average, best=best, watchers=watchers
-        )
+        kept: dict[str, Any] = {"keep": output_dir is not None, "average": average, "best": best, "watchers": watchers}
+        if len(cities) > 1:
+            trainer: CityTrainer = SourcesTrainer(model, cities, options, folder, **kept)
+        else:
+            trainer_class = CityTrainer if options.nodes_per_step is None else PartTrainer
+            trainer = trainer_class(model, cities[0], options, folder, **kept)
         trainer.run()
     return TrainingResult(
         best_val_mae=best.best_mae,
@@ -251,10 +258,9 @@ def _deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def _check_trainable(model: nn.Module, data: CityData, options: TrainingOptions) -> None:
+def _check_trainable(model: nn.Module, cities: Sequence[CityData], options: TrainingOptions) -> None:
     """Refuse what cannot be trained, before anything is changed."""
-    check_fit(model, data.train)
-    validation = [] if options.patience is None else [("validation", data.val)]
+    check_sources(model, cities)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             message(
@@ -264,6 +270,14 @@ def _check_trainable(model: nn.Module, data: CityData, options: TrainingOptions)
                 fix="add an adapter with get_peft_model, or call requires_grad_(True) on what shall be trained",
             )
         )
+    for data in cities:
+        check_fit(model, data.train)
+        _check_truths(data, options)
+
+
+def _check_truths(data: CityData, options: TrainingOptions) -> None:
+    """Refuse a city without anything to compare with."""
+    validation = [] if options.patience is None else [("validation", data.val)]
     for part, windows in [("training", options.windows(data)), *validation]:
         if not any(bool(torch.isfinite(windows[index]["y"]).any()) for index in range(len(windows))):
             raise ValueError(

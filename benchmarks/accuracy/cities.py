@@ -10,7 +10,8 @@ import numpy as np
 
 from stlora_peft.data import City, load_city, simulate_city
 
-Pair = tuple[City, City]
+Cities = City | tuple[City, ...]
+Pair = tuple[Cities, City]
 
 SOURCE_DAYS, TARGET_DAYS = 14, 35
 """Days of a simulated record. The test part, a fifth, of 35 days is one whole week, Monday to Sunday."""
@@ -21,7 +22,7 @@ UNLIKE = {"arterial": 0.1, "downtown": 0.2, "residential": 0.3, "leisure": 0.4}
 
 @dataclass(frozen=True)
 class Setting:
-    """A source and a target.
+    """A source, or several, and a target.
 
     Args:
         title: In words.
@@ -64,6 +65,16 @@ def _unlike(days: float = TARGET_DAYS, source: int = 30, target: int = 24) -> Pa
     )
 
 
+def _three_sources() -> Pair:
+    """The pair of :func:`_unlike` with two further sources; the target's mix of roads is in none of them."""
+    source, target = _unlike()
+    further = (
+        simulate_city(26, SOURCE_DAYS, seed=15, character="grid"),
+        simulate_city(34, SOURCE_DAYS, seed=16, character="radial"),
+    )
+    return (source, *further), target
+
+
 SETTINGS = {
     "la-shenzhen": Setting("Los Angeles (speed) to Shenzhen (flow)", _shenzhen, ("la-loop.npz", "shenzhen-flow.npz")),
     "west-east": Setting(
@@ -82,6 +93,9 @@ SETTINGS = {
     ),
     "weekend": Setting(
         "simulated, as `unlike`, 14 days: working days are given, a weekend is forecast", lambda folder: _unlike(14)
+    ),
+    "three-sources": Setting(
+        "simulated, as `unlike`, but pretrained on three cities: radial, grid, radial", lambda folder: _three_sources()
     ),
 }
 """Settings of the comparison by name."""

@@ -23,12 +23,13 @@ FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 import torch  # noqa: E402 - the folders above come first
-from cities import QUICK, SETTINGS, Setting  # noqa: E402
+from cities import QUICK, SETTINGS, Cities, Setting  # noqa: E402
 from report import check_quick, write_report  # noqa: E402
 
 from stlora_peft.backbones import new_backbone  # noqa: E402
 from stlora_peft.comparison import compare  # noqa: E402
-from stlora_peft.data import City, prepare, pretraining_split  # noqa: E402
+from stlora_peft.data import prepare, pretraining_split  # noqa: E402
+from stlora_peft.sources import described  # noqa: E402
 from stlora_peft.storage import SavedBackbone, load_backbone, save_backbone  # noqa: E402
 from stlora_peft.training import TrainingOptions, train  # noqa: E402
 
@@ -110,14 +111,15 @@ def measure(setting: Setting, plan: Plan, data: Path, folder: Path) -> None:
             )
 
 
-def pretrained(name: str, source: City, options: TrainingOptions, folder: Path) -> SavedBackbone:
-    """Train a backbone on the source, unless that has been done."""
+def pretrained(name: str, source: Cities, options: TrainingOptions, folder: Path) -> SavedBackbone:
+    """Train a backbone on the source, or on several, unless that has been done."""
     if not (folder / "backbone.json").exists():
-        data = prepare(source, pretraining_split(source.num_steps))
+        sources = source if isinstance(source, tuple) else (source,)
+        data = [prepare(city, pretraining_split(city.num_steps)) for city in sources]
         backbone = new_backbone(name, data, seed=0)
         checkpoints = folder.with_name("base.unfinished")
         train(backbone, data, options, output_dir=checkpoints)
-        save_backbone(folder, backbone, scaler=data.scaler, city=source.name, quantity=source.quantity)
+        save_backbone(folder, backbone, **described(data))
         shutil.rmtree(checkpoints)
     return load_backbone(folder)
 

@@ -82,10 +82,11 @@ def main() -> None:
         if missing:
             print(f"{pair} is skipped: {', '.join(missing)} not in '{options.data}'; pass the folder with --data")
             continue
-        source, target = setting.load(options.data)
+        sources, target = setting.load(options.data)
+        source = sources[0] if isinstance(sources, tuple) else sources
         for backbone in options.backbones.split(","):
             folder = options.runs / "accuracy" / pair / backbone / "base"
-            saved = pretrained(backbone, source, PRETRAINING, folder)
+            saved = pretrained(backbone, sources, PRETRAINING, folder)
             for job in jobs(pair, backbone, saved.fingerprint, options):
                 known = next((row for row in rows if tuple(row[name] for name in KEY) == job.key), None)
                 if (known is None) != options.again:

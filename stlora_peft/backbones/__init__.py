@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stlora_peft.backbones import attention, recurrent
@@ -88,12 +89,13 @@ def build_backbone(name: str, **hyperparameters: Any) -> Forecaster:
     return backbone
 
 
-def new_backbone(name: str, data: CityData, *, seed: int, **sizes: Any) -> Forecaster:
+def new_backbone(name: str, data: CityData | Sequence[CityData], *, seed: int, **sizes: Any) -> Forecaster:
     """Build an untrained backbone for a city.
 
     Args:
         name: One of :data:`BACKBONES`.
-        data: The city that it is going to be trained on: nodes, channels, window, horizon and clock are its own.
+        data: The city that it is going to be trained on: nodes, channels, window, horizon and clock are its own. Of
+            several cities the nodes are those of all, one city after the other, the rest those of the first.
         seed: Seed of the first weights.
         **sizes: Other arguments of its class, its own defaults where absent.
 
@@ -124,8 +126,10 @@ def new_backbone(name: str, data: CityData, *, seed: int, **sizes: Any) -> Forec
                 fix="leave it out, or give sizes of this network",
             )
         )
+    cities = data if isinstance(data, Sequence) else [data]
+    data = cities[0]
     of_city: dict[str, Any] = {
-        "num_nodes": data.city.num_nodes,
+        "num_nodes": sum(one.city.num_nodes for one in cities),
         "in_channels": data.train.series.shape[-1],
         "out_channels": data.city.num_channels,
         "window": data.train.window,

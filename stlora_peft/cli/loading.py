@@ -40,9 +40,13 @@ class Loaded:
     scaler: Scaler | None
 
     def alone(self) -> nn.Module:
-        """Return the backbone without an adapter, at the city's number of nodes."""
+        """Return the backbone without an adapter, for the city's nodes: a source's own, or as in a new city."""
         from stlora_peft import rebuild
+        from stlora_peft.sources import backbone_of
 
+        number = _source_number(self.saved, self.city)
+        if number is not None:
+            return backbone_of(self.saved.backbone, [one.num_nodes for one in self.saved.sources], number).eval()
         return rebuild(self.saved.backbone, self.city.num_nodes).eval()
 
     def data(self) -> CityData:
@@ -80,11 +84,24 @@ def load(city: City, base: Path, adapter: Path | None) -> Loaded:
     saved = load_backbone(base)
     _check_channels(city, saved)
     if adapter is None:
-        num_nodes = saved.backbone.hyperparameters.get("num_nodes", city.num_nodes)
-        at_home = (city.name, city.num_nodes) == (saved.city, num_nodes)
-        return Loaded(saved, None, city, saved.scaler if at_home else None)
+        return Loaded(saved, None, city, _home_scaler(saved, city))
     adapted = load_adapter(saved.backbone, adapter, city)
     return Loaded(saved, adapted, city, _adapter_scaler(adapted, adapter))
+
+
+def _source_number(saved: SavedBackbone, city: City) -> int | None:
+    """Which of several cities that the backbone was trained on this is."""
+    known = [(source.city, source.num_nodes) for source in saved.sources]
+    return known.index((city.name, city.num_nodes)) if (city.name, city.num_nodes) in known else None
+
+
+def _home_scaler(saved: SavedBackbone, city: City) -> Scaler | None:
+    """Scaler that the backbone was trained with in this city, or None in one that is new to it."""
+    number = _source_number(saved, city)
+    if number is not None:
+        return saved.sources[number].scaler
+    num_nodes = saved.backbone.hyperparameters.get("num_nodes", city.num_nodes)
+    return saved.scaler if (city.name, city.num_nodes) == (saved.city, num_nodes) else None
 
 
 def _adapter_scaler(model: PeftModel, folder: Path) -> Scaler:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,9 +13,14 @@ from stlora_peft.cli.options import Force, LearningRate, Output, Parts, Reading,
 from stlora_peft.cli.screen import bold
 from stlora_peft.cli.tables import errors_table
 from stlora_peft.cli.training import Resumable, training_line, training_summary
+from stlora_peft.errors import message
 from stlora_peft.launch import is_main_process
 
+if TYPE_CHECKING:
+    from stlora_peft.data import City
+
 EXAMPLE = "Example:  stlora pretrain la-loop.npz --backbone stgcn --out runs/la"
+_OF_ONE_CITY = ("--graph", "--ids", "--start")
 _BACKBONE = "Backbone"
 
 
@@ -24,6 +30,14 @@ def pretrain(
     training: Training,
     parts: Parts,
     output: Output,
+    further: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="CITY",
+            help="Further cities to train the same backbone on, each a file that holds everything.",
+            show_default=False,
+        ),
+    ] = None,
     backbone: Annotated[
         str,
         typer.Option(
@@ -53,48 +67,84 @@ def pretrain(
     seed: Seed = 0,
     force: Force = False,
 ) -> None:
-    """Train a backbone on a city with a long record.
+    """Train a backbone on a city with a long record, or on several.
 
-    The first 70 % of the record train, the next 10 % validate, the last 20 % are only forecast.
+    The first 70 % of a record train, the next 10 % validate, the last 20 % are only forecast.
     """
     screen = output.screen()
     with screen.working("reading the city"):
         from stlora_peft.backbones import new_backbone
         from stlora_peft.data import prepare, pretraining_split
+        from stlora_peft.sources import backbone_of, check_sources, described
         from stlora_peft.storage import DESCRIPTION, save_backbone
 
         check_new(out / DESCRIPTION, force)
         options = parts.apply(training.options(learning_rate=learning_rate, seed=seed))
-        city = reading.city()
-        data = prepare(city, pretraining_split(city.num_steps), window, horizon, time_features)
+        cities = _read(reading, further or [])
+        data = [prepare(city, pretraining_split(city.num_steps), window, horizon, time_features) for city in cities]
         key = "hidden_size" if backbone == "lstm" else "hidden_channels"
         model = new_backbone(backbone, data, seed=seed, **({} if width is None else {key: width}))
+        check_sources(model, data)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    places = " and ".join(f"{bold(city.name)} ({city.num_nodes} sensors)" for city in cities)
     screen.say(
-        f"Training {bold(backbone)} ({parameters:,} parameters) on {bold(city.name)} ({city.num_nodes} sensors): "
-        f"{len(data.train):,} windows of {window} steps, to forecast {horizon} steps"
+        f"Training {bold(backbone)} ({parameters:,} parameters) on {places}: "
+        f"{sum(len(one.train) for one in data):,} windows of {window} steps, to forecast {horizon} steps"
     )
     checkpoints = Resumable(out, force)
     result = checkpoints.train(screen, "pretrain", model, data, options)
     if not is_main_process():
         return
-    known = {"city": city.name, "quantity": city.quantity}
-    save_backbone(out, model, scaler=data.scaler, time_features=time_features, **known)
+    known = described(data)
+    save_backbone(out, model, **known)
     checkpoints.delete()
+    sizes, errors = [city.num_nodes for city in cities], []
     with screen.working("forecasting the test part"):
-        errors = {"persistence": parts.persistence(data), backbone: parts.errors(model, data)}
-    screen.say(errors_table(f"Test errors on {city.name}", errors, city))
+        for number, one in enumerate(data):
+            own = model if len(data) == 1 else backbone_of(model, sizes, number)
+            errors.append({"persistence": parts.persistence(one), backbone: parts.errors(own, one)})
+    for city, found in zip(cities, errors, strict=True):
+        screen.say(errors_table(f"Test errors on {city.name}", found, city))
     screen.facts(training=training_line(result), backbone=out)
     screen.next("stlora", "adapt", "OTHER-CITY.npz", "--base", out, "--days", 3, "--out", out.parent / "other-city")
+    tests = [{name: metrics.to_dict() for name, metrics in found.items()} for found in errors]
     screen.finish(
         {
             "out": str(out),
             "backbone": backbone,
             "hyperparameters": model.hyperparameters,
             "parameters": parameters,
-            **known,
+            "city": known["city"],
+            "quantity": known["quantity"],
             "time_features": time_features,
             "training": training_summary(result),
-            "test": {name: metrics.to_dict() for name, metrics in errors.items()},
+            **({"test": tests[0]} if len(tests) == 1 else {"sources": _sources(cities, tests)}),
         }
     )
+
+
+def _read(reading: Reading, further: list[Path]) -> list[City]:
+    """Read all cities.
+
+    Raises:
+        ValueError: If an option describes one of several.
+    """
+    given = [word for word in reading.words() if word in _OF_ONE_CITY]
+    if further and given:
+        raise ValueError(
+            message(
+                f"option '{given[0]}' belongs to one city",
+                expected=f"{len(further) + 1} files that hold everything about their cities",
+                got=", ".join(given),
+                fix=f"make such a file of each city first: stlora convert CITY {given[0]} ... --out CITY.npz",
+            )
+        )
+    return [reading.city(), *(replace(reading, city_file=path).city() for path in further)]
+
+
+def _sources(cities: list[City], tests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Name, quantity and test errors of each city, for JSON."""
+    return [
+        {"city": city.name, "quantity": city.quantity, "num_nodes": city.num_nodes, "test": test}
+        for city, test in zip(cities, tests, strict=True)
+    ]

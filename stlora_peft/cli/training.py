@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ class Resumable:
         screen: Screen,
         title: str,
         model: nn.Module,
-        data: CityData,
+        data: CityData | Sequence[CityData],
         options: TrainingOptions,
         part: str = "",
     ) -> TrainingResult:
@@ -52,7 +53,7 @@ class Resumable:
             screen: Where to say that an earlier training goes on.
             title: Words before the bar.
             model: What to train, in place.
-            data: The city to train it on.
+            data: The city to train it on, or several.
             options: How to train.
             part: Name of this training, where the result takes several.
 

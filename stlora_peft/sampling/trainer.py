@@ -16,9 +16,9 @@ from stlora_peft.data import CityData, Windows
 from stlora_peft.errors import message
 from stlora_peft.frozen import FrozenActivations
 from stlora_peft.launch import process_count
-from stlora_peft.metrics import Metrics
 from stlora_peft.sampling.batches import PartBatches, city_parts, core_forecast, evaluate_parts
 from stlora_peft.sampling.optimizer import RowAdamW, clip_gradients
+from stlora_peft.sampling.partition import SubGraph
 from stlora_peft.trainer import TRACED, CityTrainer, spread
 from stlora_peft.training import TrainingOptions
 from stlora_peft.tuner.subset import node_subset
@@ -46,11 +46,19 @@ class PartTrainer(CityTrainer):
         watchers: list[TrainerCallback],
     ) -> None:
         _check_one_process(process_count())
-        self._parts = city_parts(data, options.nodes_per_step or data.city.num_nodes, options.hops)
+        self._parts = self._all_parts(data, options)
         super().__init__(model, data, options, folder, keep=keep, average=average, best=best, watchers=watchers)
         self._on_device = [part.to(self.args.device) for part in self._parts]
         average.stepped = cast(RowAdamW, self.optimizer).stepped
         self.accelerator.clip_grad_norm_ = self._clip  # torch's own refuses sparse gradients
+
+    def _divided(self, data: CityData, options: TrainingOptions) -> list[SubGraph]:
+        """The parts of a city; one where nothing divides it."""
+        return city_parts(data, options.nodes_per_step or data.city.num_nodes, options.hops)
+
+    def _all_parts(self, data: CityData, options: TrainingOptions) -> list[SubGraph]:
+        """The parts as the batches number them."""
+        return self._divided(data, options)
 
     def _batches(self, data: CityData, options: TrainingOptions) -> tuple[Dataset[Any], int]:
         return PartBatches(options.windows(data), self._parts, options.batch_size, options.seed), 1
@@ -73,9 +81,9 @@ class PartTrainer(CityTrainer):
     def _forecast_batch(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         return core_forecast(model, inputs["x"], self._on_device[int(inputs["part"])], sparse=True)
 
-    def _errors(self, windows: Windows) -> Metrics:
+    def _validation_mae(self, windows: Windows) -> float:
         size = self._options.eval_batch_size
-        return evaluate_parts(self._forecaster, windows, self._data.scaler, self._parts, batch_size=size)
+        return evaluate_parts(self._forecaster, windows, self._data.scaler, self._parts, batch_size=size).mae
 
     def _clip(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
         """Shorten the gradients."""

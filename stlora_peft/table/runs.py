@@ -24,6 +24,7 @@ from stlora_peft.files import read_json, write_json
 from stlora_peft.methods import build_adapter
 from stlora_peft.metrics import Metrics
 from stlora_peft.reports import source_commit
+from stlora_peft.sources import described
 from stlora_peft.storage import load_backbone, save_adapter, save_backbone
 from stlora_peft.table.plan import Plan
 from stlora_peft.training import train
@@ -233,11 +234,8 @@ class _BackboneRows(_Rows):
 
     def save(self, job: str, model: Any) -> None:
         """Keep the trained backbone, and the adapter that needs nothing but it."""
-        city = self.data.city
         if job == "backbone":
-            known = {"city": city.name, "quantity": city.quantity}
-            clock = self.plan.time_features
-            save_backbone(self.folder, model, scaler=self.data.scaler, time_features=clock, **known)
+            save_backbone(self.folder, model, **described([self.data]))
         if job == "adapt":
             save_adapter(self.folder / "adapter", model)
 

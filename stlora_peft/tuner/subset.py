@@ -190,7 +190,7 @@ def _node_axes(module: nn.Module, name: str) -> dict[str, int]:
             expected="nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Embedding, or a module whose node_axes name "
             "its tensors and their node axes",
             got=f"{type(module).__name__}, whose numbers belong to pairs of nodes or to all nodes together",
-            fix="train on the whole graph, or take a backbone whose nodes only meet along edges",
+            fix="train on the whole graph of one city, or take a backbone whose nodes only meet along edges",
         )
     )
 
