@@ -62,7 +62,8 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         "",
         "Written by `python benchmarks/several_sources/run.py`. Test MAE in km/h of a simulated target "
         "(the setting `unlike` of [accuracy](../accuracy/results.md)), 3 days given, mean and standard deviation over "
-        "the seeds; in brackets relative to the backbone of one city.",
+        "the seeds of the adaptation; in brackets relative to the backbone of one city. One "
+        "pretraining for each row; a dash is not measured for every seed.",
         "",
         "| backbone | pretrained on | " + " | ".join(METHODS) + " |",
         "|---|---|" + "---:|" * len(METHODS),
