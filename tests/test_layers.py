@@ -409,3 +409,30 @@ def test_host_variants_do_not_share_state():
     one, two = (adapted(host.make(), N, **options_of(host, "gate")) for _ in range(2))
     factors_of(one)["gate"].data.zero_()
     assert factors_of(two)["gate"].abs().max() > 0
+
+
+# -- what is kept for the backward pass ---------------------------------------------------------------------
+
+
+def large_tensors_kept(model: nn.Module, x: Tensor) -> int:
+    """Number of different pieces of memory of at least the input's size that a forward pass keeps."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.numel() >= x.numel():
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = model(x)
+    assert y.requires_grad
+    return len(kept)
+
+
+@pytest.mark.parametrize("learning_input", [False, True])
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_no_more_tensors_of_the_inputs_size_are_kept_than_by_lora(conditioning, learning_input):
+    x = torch.randn(4, 6, N, 32, dtype=torch.float64, requires_grad=learning_input)
+    lora = get_peft_model(Holder(nn.Linear(32, 32).double()), LoraConfig(r=2, target_modules=["layer"])).double()
+    ours = adapted(nn.Linear(32, 32), N, conditioning=conditioning, node_layout={"layer": "b t n c"})
+    assert large_tensors_kept(ours, x) <= large_tensors_kept(lora, x) == 1
