@@ -41,17 +41,17 @@ def test_freed_memory_is_used_again_inside_and_given_back_at_the_end() -> None:
         assert faults() < PAGES / 4
         assert resident() - before > PAGES / 2
     assert resident() - before < PAGES / 2
-    assert faults() > 2 * PAGES
+    assert faults() > PAGES
 
 
 def test_an_environment_that_says_what_to_do_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
     with keeping_freed_memory():
         faults()
-        assert faults() > 2 * PAGES
+        assert faults() > PAGES
 
 
 def test_it_ends_with_an_error_too() -> None:
     with pytest.raises(RuntimeError, match="inside"), keeping_freed_memory():
         raise RuntimeError("inside")
-    assert faults() > 2 * PAGES
+    assert faults() > PAGES

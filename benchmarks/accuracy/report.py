@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from stlora_peft.comparison import RESULTS
 from stlora_peft.differences import differences
 from stlora_peft.figures import save_figure
-from stlora_peft.files import atomic_write, read_json, write_json
+from stlora_peft.files import atomic_write, read_json
 from stlora_peft.pareto_figure import draw_pareto
 from stlora_peft.reports import COLUMNS, days_name, environment, markdown_table, summarise
 
@@ -85,6 +86,20 @@ def parts_of(runs: Path) -> Iterator[Part]:
             yield Part(setting, backbone, rows[0]["days"], rows)
 
 
+def rounded(value: Any) -> Any:
+    """The same with six digits of every number that is no whole one.
+
+    Example:
+        >>> rounded({"mae": [2.0000001, 3]})
+        {'mae': [2.0, 3]}
+    """
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def write_report(runs: Path, folder: Path, titles: Mapping[str, str]) -> None:
     """Write ``results.json``, ``results.md`` and ``results.png``."""
     parts = list(parts_of(runs))
@@ -95,7 +110,10 @@ def write_report(runs: Path, folder: Path, titles: Mapping[str, str]) -> None:
         for part in parts
         for row in part.rows
     ]
-    write_json(folder / "results.json", {"environment": environment(), "rows": kept})
+    with atomic_write(folder / "results.json") as temporary:  # a line for each row: indented, they would be 15,000
+        lines = ",\n".join(json.dumps(rounded(row), allow_nan=False) for row in kept)
+        about = json.dumps(environment(), allow_nan=False)
+        temporary.write_text(f'{{"environment": {about}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
     save_figure(draw_pareto({part.title: part.rows for part in parts}, "city's units"), folder / "results.png")
     lines = ["# Ways to bring a backbone to another city", "", *_goals(parts), *_settings(parts, titles)]
     lines += ["![MAE against trained parameters, one panel for each setting](results.png)", ""]
