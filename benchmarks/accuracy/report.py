@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from stlora_peft.comparison import RESULTS
 from stlora_peft.differences import differences
 from stlora_peft.figures import save_figure
@@ -100,6 +102,14 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
+def in_few_colours(picture: Path) -> None:
+    """Write a picture anew with 64 colours: it has a panel for each setting and would be too large to keep."""
+    with Image.open(picture) as image:
+        small = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    with atomic_write(picture) as temporary:
+        small.save(temporary, format="png", optimize=True)
+
+
 def write_report(runs: Path, folder: Path, titles: Mapping[str, str]) -> None:
     """Write ``results.json``, ``results.md`` and ``results.png``."""
     parts = list(parts_of(runs))
@@ -115,6 +125,7 @@ def write_report(runs: Path, folder: Path, titles: Mapping[str, str]) -> None:
         about = json.dumps(environment(), allow_nan=False)
         temporary.write_text(f'{{"environment": {about}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
     save_figure(draw_pareto({part.title: part.rows for part in parts}, "city's units"), folder / "results.png")
+    in_few_colours(folder / "results.png")
     lines = ["# Ways to bring a backbone to another city", "", *_goals(parts), *_settings(parts, titles)]
     lines += ["![MAE against trained parameters, one panel for each setting](results.png)", ""]
     lines += ["## Where the numbers come from", "", "| | |", "|---|---|"]
