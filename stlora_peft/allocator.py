@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,7 +33,14 @@ def keeping_freed_memory() -> Iterator[None]:
         yield
     finally:
         _set(library, _USUAL)
-        library.malloc_trim(0)
+        give_back()
+
+
+def give_back() -> None:
+    """Have the C library return its free memory to the system, where it can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _glibc() -> ctypes.CDLL | None:

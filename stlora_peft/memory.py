@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 from pathlib import Path
 from types import TracebackType
 
 import torch
+
+from stlora_peft.allocator import give_back
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -17,7 +17,8 @@ class PeakMemory:
     """Measures how much memory the work inside takes at most beyond what was in use before.
 
     On a GPU it is what torch has allocated there; otherwise the resident memory of the process, which Linux keeps the
-    peak of. What the process had freed before is given back to the system first, or its reuse would not be seen.
+    peak of. What the process had freed before is given back to the system first, or its reuse would not be seen; a C
+    library that cannot leaves the peak a lower bound.
 
     Attributes:
         bytes: The peak, once the work is done; None where the system does not say.
@@ -34,7 +35,7 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         """Begin to measure."""
         gc.collect()
-        _give_back()
+        give_back()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             self._before: int | None = torch.cuda.memory_allocated()
@@ -53,13 +54,6 @@ class PeakMemory:
         if self._before is not None:
             peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")
             self.bytes = max(peak - self._before, 0)
-
-
-def _give_back() -> None:
-    """Have the C library return its free memory to the system; one that cannot leaves the peak a lower bound."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _resident(key: str) -> int:

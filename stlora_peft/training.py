@@ -279,7 +279,7 @@ def _check_truths(data: CityData, options: TrainingOptions) -> None:
     """Refuse a city without anything to compare with."""
     validation = [] if options.patience is None else [("validation", data.val)]
     for part, windows in [("training", options.windows(data)), *validation]:
-        if not any(bool(torch.isfinite(windows[index]["y"]).any()) for index in range(len(windows))):
+        if not windows.has_truth():
             raise ValueError(
                 message(
                     f"no {part} window of city '{data.city.name}' has a truth to compare with",

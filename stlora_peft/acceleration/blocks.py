@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stlora_peft.acceleration.convolutions import FastChebConv
-from stlora_peft.acceleration.fast import Fast, bare, base_layers, one_graph, ordinary
+from stlora_peft.acceleration.fast import Fast, bare, base_layers, base_of, one_graph, ordinary
 from stlora_peft.backbones import stconv, tgt
 from stlora_peft.backbones.chebyshev import CachedChebConv
 from stlora_peft.backbones.graphs import check_graph
@@ -207,5 +207,5 @@ def _takes_any_axes(layer: nn.Module) -> bool:
     """Whether a Chebyshev convolution, with an adapter or without, can be called once over batch and time."""
     if isinstance(layer, STLoraLayer):
         free = all(layout.ellipsis for layout in layer.layout.values())
-        return free and bare([layer], type(layer)) and bare([layer.get_base_layer()], FastChebConv, CachedChebConv)
+        return free and bare([layer], type(layer)) and bare([base_of(layer)], FastChebConv, CachedChebConv)
     return bare([layer], FastChebConv, CachedChebConv)

@@ -141,8 +141,7 @@ def _together(layers: Sequence[Any], X: Tensor, states: Sequence[Tensor | None],
     plain_sums = all(ordinary(conv) and bare(conv.lins, pyg.Linear) for conv in convs)
     if not (alike and fits and same_type and plain_sums):
         return None
-    base = dict(zip(layers, convs, strict=True))
     for layer in layers:
         if isinstance(layer, STLoraGraphConv):
             layer.check_graph(X, graph[0])
-    return lambda some, x: convolved(some, [base[layer] for layer in some], x, graph)
+    return lambda some, x: convolved(some, x, graph)

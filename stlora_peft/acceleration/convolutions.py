@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stlora_peft.acceleration import pyg
-from stlora_peft.acceleration.fast import Fast, bare, one_graph, ordinary
+from stlora_peft.acceleration.fast import Fast, bare, base_of, one_graph, ordinary
 from stlora_peft.backbones.chebyshev import CachedChebConv
 from stlora_peft.backbones.graphs import check_graph
 from stlora_peft.backbones.propagation import Propagation
@@ -34,7 +34,7 @@ class FastChebConv(Fast, CachedChebConv):
         graph = (edge_index, edge_weight, batch, lambda_max)
         known = ordinary(self) and one_graph(x, *graph)
         if known and bare(self.lins, pyg.Linear):
-            return convolved([self], [self], x, graph)
+            return convolved([self], x, graph)
         conv: Any = CachedChebConv if known else self.plain
         out: Tensor = conv.forward(self, x, *graph)
         return out
@@ -157,15 +157,15 @@ class FastGatedGraphConv(Fast, pyg.GatedGraphConv):
         return weighted(edge_index, edge_weight, num_nodes, dtype)
 
 
-def convolved(layers: Sequence[Any], convs: Sequence[Any], x: Tensor, graph: tuple[Any, ...]) -> Tensor:
+def convolved(layers: Sequence[Any], x: Tensor, graph: tuple[Any, ...]) -> Tensor:
     """Outputs of several Chebyshev convolutions of the same input, side by side, in one product.
 
     Args:
-        layers: The convolutions, with adapters or without.
-        convs: The same without them, of as many terms and of one normalisation.
+        layers: Convolutions of as many terms and of one normalisation, with adapters or without.
         x: Their input.
         graph: Their other arguments.
     """
+    convs = [base_of(layer) for layer in layers]
     terms = convs[0]._terms_by_matrix(x, *graph)
     weight = torch.cat([torch.cat([lin.weight for lin in conv.lins], 1) for conv in convs])
     bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])

@@ -113,8 +113,13 @@ def base_layers(layers: Sequence[nn.Module], *kinds: type) -> list[Any] | None:
     adapted = [layer for layer in layers if isinstance(layer, STLoraLayer)]
     if not bare(adapted, *map(type, adapted)) or any(layer.merged and layer.disable_adapters for layer in adapted):
         return None
-    found = [layer.base_layer if isinstance(layer, STLoraLayer) else layer for layer in layers]
+    found = [base_of(layer) for layer in layers]
     return found if bare(found, *kinds) else None
+
+
+def base_of(layer: nn.Module) -> Any:
+    """The layer without its adapters."""
+    return layer.base_layer if isinstance(layer, STLoraLayer) else layer
 
 
 def bare(layers: Iterable[nn.Module], *kinds: type) -> bool:

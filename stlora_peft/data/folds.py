@@ -80,7 +80,7 @@ def _check_fold(data: CityData, held: Windows, num_train: int, place: str) -> No
                 fix="give more days, or name a form, for instance 'embedding'",
             )
         )
-    if not any(bool(torch.isfinite(held[index]["y"]).any()) for index in range(len(held))):
+    if not held.has_truth():
         raise ValueError(
             message(
                 f"city '{data.city.name}': fold {place} has no truth to choose a form of adapter by",

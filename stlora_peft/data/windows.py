@@ -133,6 +133,10 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
         """
         return Windows(self.series, self.targets, starts, window=self.window, horizon=self.horizon)
 
+    def has_truth(self) -> bool:
+        """Whether any step to forecast of any window was measured."""
+        return any(bool(torch.isfinite(self[index]["y"]).any()) for index in range(len(self)))
+
     def inputs(self, starts: torch.Tensor) -> torch.Tensor:
         """Gather input windows that start at any step, also where the steps to forecast are not known yet.
 

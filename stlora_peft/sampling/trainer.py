@@ -9,9 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import TrainerCallback
 
-from stlora_peft.callbacks import KeepBest, MovingAverage
 from stlora_peft.data import CityData, Windows
 from stlora_peft.errors import message
 from stlora_peft.frozen import FrozenActivations
@@ -34,22 +32,13 @@ class PartTrainer(CityTrainer):
     optimizer_class = RowAdamW
 
     def __init__(
-        self,
-        model: nn.Module,
-        data: CityData,
-        options: TrainingOptions,
-        folder: Path,
-        *,
-        keep: bool,
-        average: MovingAverage,
-        best: KeepBest,
-        watchers: list[TrainerCallback],
+        self, model: nn.Module, data: CityData, options: TrainingOptions, folder: Path, **others: Any
     ) -> None:
         _check_one_process(process_count())
         self._parts = self._all_parts(data, options)
-        super().__init__(model, data, options, folder, keep=keep, average=average, best=best, watchers=watchers)
+        super().__init__(model, data, options, folder, **others)
         self._on_device = [part.to(self.args.device) for part in self._parts]
-        average.stepped = cast(RowAdamW, self.optimizer).stepped
+        self._average.stepped = cast(RowAdamW, self.optimizer).stepped
         self.accelerator.clip_grad_norm_ = self._clip  # torch's own refuses sparse gradients
 
     def _divided(self, data: CityData, options: TrainingOptions) -> list[SubGraph]:
