@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stlora_peft.tuner.functional import dropout_mask
+from stlora_peft.tuner.nodewise import own_gradient
 
 SLOPE = 0.1
 
@@ -36,9 +37,7 @@ def activated(x: Tensor, scale: Tensor, p: float, training: bool) -> Tensor:
         tensor([[ 1.0000, -0.1000]])
     """
     mask = dropout_mask(x, p) if training and p else None
-    known = x.dtype == scale.dtype and x.dtype in (torch.float32, torch.float64)
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if known and torch.is_grad_enabled() and not transformed:
+    if own_gradient(x, scale):
         return cast(Tensor, cast(Any, _Activation).apply(x, scale, mask))
     return _separately(x, scale, mask)
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stlora_peft.tuner.nodewise import nodewise
+
 
 def aligned(factor: Tensor, ndim: int, node: int, channel: int) -> Tensor:
     """View a factor of shape (N, r) so that it broadcasts over a tensor of ``ndim`` axes."""
@@ -61,7 +63,7 @@ def core_update(u: Tensor, core: Tensor, node: int, channel: int) -> Tensor:
     Returns:
         Tensor of the shape of ``u``.
     """
-    return _nodewise(u, core, node, channel)
+    return nodewise(u, core, node, channel)
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -98,16 +100,7 @@ def full_update(x: Tensor, weight: Tensor, node: int, channel: int) -> Tensor:
     Returns:
         Tensor of the shape of ``x`` with :math:`r` on axis ``channel``.
     """
-    return _nodewise(x, weight, node, channel)
-
-
-def _nodewise(x: Tensor, weight: Tensor, node: int, channel: int) -> Tensor:
-    """One matrix product for each node: (..., N, i) x (N, o, i) -> (..., N, o), axes kept in place."""
-    rows = x.movedim((node, channel), (0, -1))  # [n * c]
-    *free, width = rows.shape
-    matrices = weight.shape[0]
-    out = torch.bmm(rows.reshape(matrices, math.prod(free) // matrices, width), weight.mT)
-    return out.reshape(*free, out.shape[-1]).movedim((0, -1), (node, channel))
+    return nodewise(x, weight, node, channel)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
@@ -183,7 +176,7 @@ def _tiled_conv(
     """:func:`full_conv` with kernels of neighbouring nodes: all taps in one product, then their sum over time."""
     matrices, rank, in_features, *kernel = weight.shape
     taps = weight.flatten(3).movedim(3, 1).reshape(matrices, -1, in_features)  # [g (k r) c]
-    u = _nodewise(x, taps, node, channel).movedim((node, channel), (0, -1))
+    u = nodewise(x, taps, node, channel).movedim((node, channel), (0, -1))
     u = u.unflatten(-1, (-1, rank))  # [n ... *steps k r]
     steps = u.shape[-2 - len(kernel) : -2]
     lengths = [
