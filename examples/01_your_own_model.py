@@ -3,7 +3,7 @@
 Run:       python examples/01_your_own_model.py
 Expected:  untrained adapter changes nothing: True
            trainable params: 3,824 || all params: 5,555 || trainable%: 68.8389
-           loss 0.53 -> 0.03
+           loss below a tenth of what it was: True
            backbone unchanged: True
 """
 
@@ -59,5 +59,5 @@ for _ in range(60):
     loss.backward()
     optimizer.step()
     losses.append(loss.item())
-print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}")
+print(f"loss below a tenth of what it was: {losses[-1] < 0.1 * losses[0]}")
 print("backbone unchanged:", fingerprint(model) == weights)
