@@ -1,13 +1,14 @@
-"""One matrix product for each node: gradients of every kind, and how they lie in memory."""
+"""Products with one matrix and with one for each node: gradients of every kind, and how they lie in memory."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from toys import assert_same
 
-from stlora_peft.tuner.nodewise import MANY_ROWS, nodewise
+from stlora_peft.tuner.products import MANY_ROWS, nodewise, project
 
 FEW = 3
 MANY = MANY_ROWS // 2  # steps of two windows
@@ -84,3 +85,57 @@ def test_transforms_of_torch_func_see_it():
     found = torch.func.grad(lambda matrices: nodewise(x, matrices, 2, 3).square().sum())(weight)
     weight.requires_grad_()
     assert_same(found, torch.autograd.grad(looped(x, weight).square().sum(), weight)[0])
+
+
+SHAPES = [(5, 2), (2, 5), (3, 3), (1, 4), (4, 1)]
+
+
+def affine(out_features: int, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [b n c], a matrix and a bias."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 3, in_features), (out_features, in_features), (out_features,))
+    x, weight, bias = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes)
+    return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("biased", [True, False])
+def test_projection_has_the_bits_of_torch_and_the_gradients_of_a_loop_over_rows(shape, biased):
+    x, weight, bias = affine(*shape)
+    inputs = (x, weight, bias)[: 2 + biased]
+    found = project(*inputs)
+    assert torch.equal(found, F.linear(x.flatten(0, 1), *inputs[1:]).unflatten(0, (2, 3)))
+    expected = torch.stack([(weight * row).sum(1) + (bias if biased else 0) for row in x.flatten(0, 1)]).view_as(found)
+    upstream = torch.randn(expected.shape, dtype=torch.float64)
+    gradients = [torch.autograd.grad(y, inputs, upstream) for y in (found, expected)]
+    for mine, reference in zip(*gradients, strict=True):
+        assert_same(mine, reference)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_second_derivatives_of_a_projection_equal_finite_differences(shape):
+    assert torch.autograd.gradgradcheck(project, affine(*shape))
+
+
+@pytest.mark.parametrize("learning", [0, 1, 2])
+def test_only_what_learns_of_a_projection_gets_a_gradient(learning):
+    inputs = [tensor.detach().requires_grad_(i == learning) for i, tensor in enumerate(affine(5, 2))]
+    project(*inputs).sum().backward()
+    assert [tensor.grad is not None for tensor in inputs] == [i == learning for i in range(3)]
+
+
+def test_projection_under_autocast_computes_in_half_precision():
+    x, weight, bias = (tensor.detach().float().requires_grad_() for tensor in affine(5, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = project(x, weight, bias)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    expected = x.detach().sum((0, 1)).expand(5, 2)
+    assert_same(weight.grad, expected, tolerance=2e-2)
+
+
+def test_transforms_of_torch_func_see_a_projection():
+    x, weight, bias = (tensor.detach() for tensor in affine(5, 2))
+    found = torch.func.grad(lambda matrix: project(x, matrix, bias).square().sum())(weight)
+    weight.requires_grad_()
+    assert_same(found, torch.autograd.grad(F.linear(x, weight, bias).square().sum(), weight)[0])

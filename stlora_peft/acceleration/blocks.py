@@ -55,7 +55,7 @@ class FastTemporalConv(Fast, _TemporalConv):
         sums = convolve(x, weight, bias, first.stride, first.dilation)
         update = sibling_updates(layers, x)
         if update is not None:
-            sums += update.to(sums.dtype)
+            sums = sums + update.to(sums.dtype)  # in place on a view, its backward pass would copy all of it
         value, gate, rest = sums.permute(0, 3, 2, 1).chunk(3, -1)
         return (value * gate.sigmoid() + rest).relu()
 

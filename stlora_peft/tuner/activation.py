@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stlora_peft.tuner.functional import dropout_mask
-from stlora_peft.tuner.nodewise import own_gradient
+from stlora_peft.tuner.products import own_gradient
 
 SLOPE = 0.1
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stlora_peft.tuner.nodewise import nodewise
+from stlora_peft.tuner.products import nodewise, project
 
 
 def aligned(factor: Tensor, ndim: int, node: int, channel: int) -> Tensor:
@@ -64,25 +64,6 @@ def core_update(u: Tensor, core: Tensor, node: int, channel: int) -> Tensor:
         Tensor of the shape of ``u``.
     """
     return nodewise(u, core, node, channel)
-
-
-def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    r"""Multiply the last axis by one matrix for all nodes.
-
-    .. math:: u = A\,x
-
-    torch picks the kernel for an input of several axes by its strides and by whether the weight needs a gradient, and
-    the kernels round differently; as rows of one matrix a loaded adapter gives the very numbers of the trained one.
-
-    Args:
-        x: Input, :math:`F_{in}` on the last axis.
-        weight: Matrix :math:`A`, shape :math:`(r, F_{in})`.
-        bias: Additive bias, shape :math:`(r)`, or None.
-
-    Returns:
-        Tensor of the shape of ``x`` with :math:`r` on the last axis.
-    """
-    return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def full_update(x: Tensor, weight: Tensor, node: int, channel: int) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from stlora_peft.errors import message
 from stlora_peft.tuner.conditioning import FACTOR_NAMES, condition, factor_shapes, new_factor
 from stlora_peft.tuner.config import STLoraConfig
-from stlora_peft.tuner.functional import Dropout, full_update, project
+from stlora_peft.tuner.functional import Dropout, full_update
 from stlora_peft.tuner.layout import Layout, check_layout, infer_layout, parse_layout
 from stlora_peft.tuner.merging import MergingLayer
 from stlora_peft.tuner.nodes import NodeTable
+from stlora_peft.tuner.products import project
 
 
 class STLoraLayer(MergingLayer):

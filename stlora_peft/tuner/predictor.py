@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -16,8 +15,9 @@ from stlora_peft.errors import message
 from stlora_peft.tuner.activation import activated
 from stlora_peft.tuner.conditioning import condition, factor_dtype, factor_shapes, new_factor
 from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
-from stlora_peft.tuner.functional import full_update, project
+from stlora_peft.tuner.functional import full_update
 from stlora_peft.tuner.nodes import CityModule, NodeTable
+from stlora_peft.tuner.products import project
 
 ATTRIBUTE = "stlora_predictor"
 
@@ -118,7 +118,7 @@ class NodePredictor(nn.Module):
 
     def _affine(self, h: Tensor, name: str) -> Tensor:
         """Linear layer that all nodes share."""
-        return F.linear(h, self._tensor(f"weight_{name}"), self._tensor(f"bias_{name}"))
+        return project(h, self._tensor(f"weight_{name}"), self._tensor(f"bias_{name}"))
 
     def forward(self, window: Tensor, forecast: Tensor, embedding: Callable[[], Tensor] | None = None) -> Tensor:
         """Compute the correction.

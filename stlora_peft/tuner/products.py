@@ -1,4 +1,7 @@
-"""One matrix product for each node, with a backward pass of its own."""
+"""Products with one matrix for all nodes and with one for each, with backward passes of their own.
+
+The numbers are those of ``torch.nn.functional.linear`` and ``torch.bmm``, the gradients theirs up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import math
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MANY_ROWS = 64  # from here on a copy of all rows costs more than calling the product node by node
@@ -21,6 +25,57 @@ def own_gradient(*tensors: Tensor) -> bool:
     autocast = torch.is_autocast_enabled(tensors[0].device.type)
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return known and torch.is_grad_enabled() and not autocast and not transformed
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""Multiply the last axis by one matrix for all nodes.
+
+    .. math:: u = A\,x
+
+    torch picks the kernel for an input of several axes by its strides and by whether the weight needs a gradient, and
+    the kernels round differently; as rows of one matrix a loaded adapter gives the very numbers of the trained one.
+    The gradient of a matrix of few columns it asks a CPU's library for in an order that takes up to ten times as long
+    as the other, which is the one taken here.
+
+    Args:
+        x: Input, :math:`F_{in}` on the last axis.
+        weight: Matrix :math:`A`, shape :math:`(r, F_{in})`.
+        bias: Additive bias, shape :math:`(r)`, or None.
+
+    Returns:
+        Tensor of the shape of ``x`` with :math:`r` on the last axis.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if x.device.type == "cpu" and own_gradient(rows, weight):
+        out = cast(Tensor, cast(Any, _Projection).apply(rows, weight, bias))
+    else:
+        out = F.linear(rows, weight, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+class _Projection(torch.autograd.Function):
+    """``F.linear`` of rows, the narrow side first in the product that is the weight's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute the products."""
+        ctx.save_for_backward(rows, weight)
+        return F.linear(rows, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Gradients of the rows, the matrix and the bias."""
+        rows, weight = ctx.saved_tensors
+        (gradient,) = gradients
+        of_rows = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_rows = F.linear(gradient, weight.mT.contiguous())
+        if ctx.needs_input_grad[1]:
+            narrow = weight.shape[0] <= weight.shape[1]
+            of_weight = gradient.mT @ rows if narrow else (rows.mT @ gradient).mT
+        if ctx.needs_input_grad[2]:
+            of_bias = gradient.sum(0)
+        return of_rows, of_weight, of_bias
 
 
 def nodewise(x: Tensor, weight: Tensor, node: int, channel: int) -> Tensor:
@@ -46,13 +101,13 @@ def nodewise(x: Tensor, weight: Tensor, node: int, channel: int) -> Tensor:
     matrices = weight.shape[0]
     rows = rows.reshape(matrices, math.prod(free) // matrices, width)
     if x.device.type == "cpu" and own_gradient(rows, weight):
-        out = cast(Tensor, cast(Any, _Products).apply(rows, weight))
+        out = cast(Tensor, cast(Any, _NodeProducts).apply(rows, weight))
     else:
         out = torch.bmm(rows, weight.mT)
     return out.reshape(*free, out.shape[-1]).movedim((0, -1), (node, channel))
 
 
-class _Products(torch.autograd.Function):
+class _NodeProducts(torch.autograd.Function):
     """``torch.bmm(rows, weight.mT)`` whose gradient has the strides of ``rows``."""
 
     @staticmethod
