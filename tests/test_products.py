@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from toys import assert_same
 
+from stlora_peft.tuner.activation import activated
 from stlora_peft.tuner.products import MANY_ROWS, nodewise, project
 
 FEW = 3
@@ -139,3 +142,26 @@ def test_transforms_of_torch_func_see_a_projection():
     found = torch.func.grad(lambda matrix: project(x, matrix, bias).square().sum())(weight)
     weight.requires_grad_()
     assert_same(found, torch.autograd.grad(F.linear(x, weight, bias).square().sum(), weight)[0])
+
+
+class Layers(torch.nn.Module):
+    """Every function with gradients of its own, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = torch.nn.Parameter(torch.randn(3, 2))
+        self.own = torch.nn.Parameter(torch.randn(4, 3, 3))
+        self.scale = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project, project node by node, activate."""
+        return activated(nodewise(project(x, self.shared), self.own, 2, 3), self.scale, 0.0, training=False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_traced_model_is_saved_though_its_weights_learn():
+    layers, x = Layers(), torch.randn(2, 5, 4, 2)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(layers, x), file)
+    file.seek(0)
+    assert_same(torch.jit.load(file)(x), layers(x), tolerance=1e-6)

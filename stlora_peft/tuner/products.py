@@ -18,13 +18,16 @@ MANY_ROWS = 64  # from here on a copy of all rows costs more than calling the pr
 def own_gradient(*tensors: Tensor) -> bool:
     """Whether a function may replace torch's gradients: single or double precision, no compiler, no ``torch.func``.
 
+    A compiler is ``torch.compile``, ``torch.export`` or ``torch.jit.trace``, which cannot save another function.
+
     Args:
         tensors: What the function reads.
     """
     known = len({x.dtype for x in tensors}) == 1 and tensors[0].dtype in (torch.float32, torch.float64)
     autocast = torch.is_autocast_enabled(tensors[0].device.type)
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return known and torch.is_grad_enabled() and not autocast and not transformed
+    compiled = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    transformed = torch._C._are_functorch_transforms_active()
+    return known and torch.is_grad_enabled() and not (autocast or compiled or transformed)
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
