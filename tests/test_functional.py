@@ -17,10 +17,10 @@ from stlora_peft.tuner.functional import (
     delta_weight,
     dropout,
     full_conv,
-    full_update,
     gate_update,
     project,
 )
+from stlora_peft.tuner.products import nodewise
 
 AXES = list(itertools.permutations(range(4), 2))
 
@@ -42,10 +42,10 @@ def test_core_update_two_nodes_matches_hand_computed_values():
     assert core_update(u, core, 1, 2).tolist() == [[[2.0, 1.0], [7.0, 6.0]]]
 
 
-def test_full_update_two_nodes_rank_one_matches_hand_computed_values():
+def test_nodewise_two_nodes_rank_one_matches_hand_computed_values():
     x = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
     weight = torch.tensor([[[1.0, -1.0]], [[10.0, 100.0]]])
-    assert full_update(x, weight, 1, 2).tolist() == [[[-1.0], [430.0]]]
+    assert nodewise(x, weight, 1, 2).tolist() == [[[-1.0], [430.0]]]
 
 
 def test_full_conv_two_nodes_matches_hand_computed_values():
@@ -71,7 +71,7 @@ def test_updates_on_any_axes_equal_those_on_the_last(node, channel):
     projected = torch.stack([u[:, :, n] @ weight[n].T for n in range(4)], dim=2)
     assert_same(gate_update(view, gate, bias, node, channel), arranged(gated, node, channel))
     assert_same(core_update(view, core, node, channel), arranged(mixed, node, channel))
-    assert_same(full_update(view, weight, node, channel), arranged(projected, node, channel))
+    assert_same(nodewise(view, weight, node, channel), arranged(projected, node, channel))
 
 
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3), (0,)])
@@ -114,7 +114,7 @@ def test_gradients_equal_finite_differences(function):
     calls = {
         "gate": (lambda u, g, h: gate_update(u, g, h, 1, 2), (parameter(2, 3, 2), parameter(3, 2), parameter(3, 2))),
         "core": (lambda u, g: core_update(u, g, 1, 2), (parameter(2, 3, 2), parameter(3, 2, 2))),
-        "full": (lambda x, a: full_update(x, a, 1, 2), (parameter(2, 3, 4), parameter(3, 2, 4))),
+        "full": (lambda x, a: nodewise(x, a, 1, 2), (parameter(2, 3, 4), parameter(3, 2, 4))),
         "conv": (lambda x, a: full_conv(x, a, 2, 1, [2], [2]), (parameter(2, 2, 3, 6), parameter(3, 2, 2, 2))),
         "delta": (lambda b, a: delta_weight(b, a, 2.5), (parameter(3, 2), parameter(2, 4, 3))),
     }
@@ -131,8 +131,8 @@ def test_products_with_a_matrix_for_several_neighbours_equal_those_with_one_for_
         each = full_conv(view, weight.repeat_interleave(2, 0), node, channel, stride, dilation)
         assert_same(full_conv(view, weight, node, channel, stride, dilation), each)
     matrix = weight.flatten(2)[..., :4]
-    each = full_update(x, matrix.repeat_interleave(2, 0), 1, 2)
-    assert_same(full_update(x, matrix, 1, 2), each)
+    each = nodewise(x, matrix.repeat_interleave(2, 0), 1, 2)
+    assert_same(nodewise(x, matrix, 1, 2), each)
 
 
 # -- dropout ------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from stlora_peft.serving.tiles import Tiles
 from stlora_peft.tuner.conditioning import condition
-from stlora_peft.tuner.functional import full_update
 from stlora_peft.tuner.predictor import NodePredictor
+from stlora_peft.tuner.products import nodewise
 
 ADAPTER = "cities"
 """Name under which a layer keeps the layout of the cities' common node axis."""
@@ -123,7 +123,7 @@ class LayerStack(nn.Module):
         _, node, channel = layout.split(z, slots)
         u = layer._down_full(z, down if self.nodewise else self.tiles.matrices(down), layout, slots)
         u = condition(u, {name: cast(Tensor, getattr(self, name)) for name in self.names}, None, node, channel)
-        out = full_update(u, self.tiles.matrices(up), node, channel)
+        out = nodewise(u, self.tiles.matrices(up), node, channel)
         axis = layout.node_axis(z.ndim)
         return out.flatten(axis, axis + 1) if layout.folded else out
 

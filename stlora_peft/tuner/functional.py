@@ -66,24 +66,6 @@ def core_update(u: Tensor, core: Tensor, node: int, channel: int) -> Tensor:
     return nodewise(u, core, node, channel)
 
 
-def full_update(x: Tensor, weight: Tensor, node: int, channel: int) -> Tensor:
-    r"""Project each node's input by the node's own matrix.
-
-    .. math:: u_i = A_i\,x_i
-
-    Args:
-        x: Input, :math:`N` on axis ``node`` and :math:`F_{in}` on axis ``channel``.
-        weight: Matrices :math:`A`, shape :math:`(N, r, F_{in})`; fewer than :math:`N` of them, a divisor of it, serve
-            as many neighbouring nodes each.
-        node: Index of the node axis of ``x``.
-        channel: Index of the channel axis of ``x``.
-
-    Returns:
-        Tensor of the shape of ``x`` with :math:`r` on axis ``channel``.
-    """
-    return nodewise(x, weight, node, channel)
-
-
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
     r"""``conv1d`` or ``conv2d`` without padding, in the order in which the input lies in memory.
 
@@ -130,7 +112,7 @@ def full_conv(
     Args:
         x: Input with axes for nodes, channels, any batch axes and, last, one or two that the kernel runs along.
         weight: Kernels :math:`A`, shape :math:`(N, r, F_{in}, *K)`; or a divisor of :math:`N`, as in
-            :func:`full_update`.
+            :func:`stlora_peft.tuner.products.nodewise`.
         node: Index of the node axis of ``x``.
         channel: Index of the channel axis of ``x``.
         stride: Step :math:`s` along each axis of the kernel.

@@ -7,9 +7,10 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stlora_peft.tuner.functional import convolve, full_conv, full_update
+from stlora_peft.tuner.functional import convolve, full_conv
 from stlora_peft.tuner.layers import STLoraLayer
 from stlora_peft.tuner.layout import Layout
+from stlora_peft.tuner.products import nodewise
 
 
 class STLoraLinear(STLoraLayer):
@@ -92,7 +93,7 @@ class STLoraConv(STLoraLayer):
         view, node, channel = layout.split(self._pad(z), num_nodes)
         along = [i for i in range(len(conv.kernel_size)) if first + i != layout.node_axis(z.ndim)]
         if all(self._still(i) for i in along):
-            return full_update(view, weight.flatten(2), node, channel)
+            return nodewise(view, weight.flatten(2), node, channel)
         kernels = weight.reshape(*weight.shape[:3], *(conv.kernel_size[i] for i in along))
         stride, dilation = [conv.stride[i] for i in along], [conv.dilation[i] for i in along]
         return full_conv(view, kernels, node, channel, stride, dilation)

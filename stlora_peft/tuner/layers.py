@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from stlora_peft.errors import message
 from stlora_peft.tuner.conditioning import FACTOR_NAMES, condition, factor_shapes, new_factor
 from stlora_peft.tuner.config import STLoraConfig
-from stlora_peft.tuner.functional import Dropout, full_update
+from stlora_peft.tuner.functional import Dropout
 from stlora_peft.tuner.layout import Layout, check_layout, infer_layout, parse_layout
 from stlora_peft.tuner.merging import MergingLayer
 from stlora_peft.tuner.nodes import NodeTable
-from stlora_peft.tuner.products import project
+from stlora_peft.tuner.products import nodewise, project
 
 
 class STLoraLayer(MergingLayer):
@@ -96,7 +96,7 @@ class STLoraLayer(MergingLayer):
     def _down_full(self, z: Tensor, weight: Tensor, layout: Layout, num_nodes: int) -> Tensor:
         """Each node's own projection A_i z_i, with an unfolded node axis."""
         view, node, channel = layout.split(z, num_nodes)
-        return full_update(view, weight, node, channel)
+        return nodewise(view, weight, node, channel)
 
     def _up(self, u: Tensor, weight: Tensor) -> Tensor:
         """Shared projection B u, axes kept."""

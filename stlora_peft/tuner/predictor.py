@@ -15,9 +15,8 @@ from stlora_peft.errors import message
 from stlora_peft.tuner.activation import activated
 from stlora_peft.tuner.conditioning import condition, factor_dtype, factor_shapes, new_factor
 from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
-from stlora_peft.tuner.functional import full_update
 from stlora_peft.tuner.nodes import CityModule, NodeTable
-from stlora_peft.tuner.products import project
+from stlora_peft.tuner.products import nodewise, project
 
 ATTRIBUTE = "stlora_predictor"
 
@@ -114,7 +113,7 @@ class NodePredictor(nn.Module):
 
     def _product(self, h: Tensor, matrix: Tensor) -> Tensor:
         """Product with one matrix for all nodes, or with each node's own."""
-        return full_update(h, matrix, 1, 2) if matrix.ndim == 3 else project(h, matrix)
+        return nodewise(h, matrix, 1, 2) if matrix.ndim == 3 else project(h, matrix)
 
     def _affine(self, h: Tensor, name: str) -> Tensor:
         """Linear layer that all nodes share."""
