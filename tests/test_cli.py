@@ -329,8 +329,8 @@ def test_adapt_and_evaluate_part_by_part(work: Path, tmp_path: Path) -> None:
 
 def test_adapt_without_options_takes_the_defaults_of_the_configuration(work: Path) -> None:
     config = json.loads((work / "adapter" / "adapter_config.json").read_text())
-    found = {name: config[name] for name in ("conditioning", "r", "lora_alpha", "lora_dropout", "emb_size")}
-    assert found == {"conditioning": "embedding", "r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "emb_size": 16}
+    expected = {"conditioning": "embedding", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "emb_size": 16}
+    assert expected | {"emb_noise": 0.8} == {name: config[name] for name in (*expected, "emb_noise")}
     assert config["predictor"] is not None
 
 

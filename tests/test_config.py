@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
-from toys import Holder, assert_unchanged, call, raised, small_backbone, snapshot
+from toys import CONDITIONINGS, Holder, assert_unchanged, call, raised, small_backbone, snapshot
 
 from stlora_peft import PredictorConfig, STLoraConfig
 
@@ -60,9 +60,21 @@ def test_dropout_out_of_range_raises(make, where, value):
     assert (lines["expected"], lines["got"]) == ("a probability in [0, 1)", repr(value))
 
 
-def test_dropout_of_none_is_refused_for_the_adapter_and_means_the_adapters_for_the_predictor():
-    assert raised(lambda: STLoraConfig(lora_dropout=None))["got"] == "None"
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_dropout_left_open_is_a_tenth_and_none_where_node_vectors_have_noise(conditioning):
+    assert STLoraConfig(conditioning=conditioning).lora_dropout == (0.0 if conditioning == "embedding" else 0.1)
+    assert STLoraConfig(conditioning=conditioning, lora_dropout=0.3).lora_dropout == 0.3
     assert PredictorConfig().dropout is None
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "1", None])
+def test_noise_of_node_vectors_out_of_range_raises(value):
+    assert raised(lambda: STLoraConfig(emb_noise=value)) == {
+        "where": "STLoraConfig.emb_noise is out of range",
+        "expected": "a finite number >= 0",
+        "got": repr(value),
+        "fix": "correct it",
+    }
 
 
 @pytest.mark.parametrize(
@@ -160,8 +172,8 @@ def test_one_name_instead_of_a_list_raises(name):
 
 def test_config_without_arguments_is_valid():
     config = STLoraConfig()
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (None, None, 0.1)
-    assert (config.conditioning, config.emb_size, config.num_nodes) == ("embedding", 16, None)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (None, None, 0.0)
+    assert (config.conditioning, config.emb_size, config.emb_noise, config.num_nodes) == ("embedding", 16, 0.8, None)
 
 
 def test_config_is_json_and_reads_back_as_it_was(tmp_path):
@@ -301,12 +313,12 @@ def test_what_is_no_parameter_and_what_two_names_share_counts_once_at_most():
 
 @pytest.mark.parametrize(("name", "options"), [("stgcn", {}), ("lstm", {"hidden_size": 250})])
 def test_rank_left_open_counts_for_the_predictor_too(name, options):
-    model = get_peft_model(small_backbone(name, **options), STLoraConfig(num_nodes=5))
+    model = get_peft_model(small_backbone(name, **options), STLoraConfig(num_nodes=5, lora_dropout=0.2))
     config, rank = model.peft_config["default"], 8 if name == "stgcn" else 2
     predictor = model.get_base_model().stlora_predictor.nall_predictor["default"]
     assert (config.r, config.lora_alpha, predictor.r, predictor.scaling) == (rank, 2 * rank, rank, 2.0)
     assert predictor.B_out.shape[1] == rank
-    assert predictor.dropout == config.lora_dropout == 0.1
+    assert predictor.dropout == config.lora_dropout == 0.2
 
 
 @pytest.mark.parametrize(("size", "rank"), [((4, 5), 8), (LARGE, 2)])
@@ -343,7 +355,7 @@ def test_saved_rank_is_that_of_the_file_and_not_that_of_the_backbone(tmp_path):
 
 def test_config_left_open_prints_and_reads_back_as_it_was(tmp_path):
     config = STLoraConfig(num_nodes=3)
-    assert "r=None, lora_alpha=None, lora_dropout=0.1" in repr(config)
+    assert "r=None, lora_alpha=None, lora_dropout=0.0" in repr(config)
     assert STLoraConfig(**config.to_dict()) == config
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] is None

@@ -18,7 +18,7 @@ BOUND = ("agcrn", "dnntsp", "gman", "gwnet", "mtgnn", "staeformer", "d2stgnn")
 
 
 def city(name: str, num_nodes: int, **options: Any) -> PeftModel:
-    options = {"lora_dropout": 0.0, "emb_size": 3, "r": 2} | options
+    options = {"lora_dropout": 0.0, "emb_size": 3, "emb_noise": 0.0, "r": 2} | options
     model = get_peft_model(small_backbone(name, num_nodes).double(), STLoraConfig(num_nodes=num_nodes, **options))
     randomised(model)
     with torch.no_grad():

@@ -126,7 +126,7 @@ def take_apart(model: PeftModel, name: str, device: torch.device) -> Parts:
         if isinstance(layer, STLoraLayer) and name in layer.nall_B
     }
     table, predictors = getattr(base, TABLE_ATTRIBUTE, None), getattr(base, ATTRIBUTE, None)
-    vectors = copied(table.vectors(name)) if table is not None and name in table.nall_emb else None
+    vectors = copied(table.nall_emb[name]) if table is not None and name in table.nall_emb else None
     predictor = None
     if predictors is not None and name in predictors.nall_predictor:
         predictor = copy.deepcopy(predictors.nall_predictor[name]).requires_grad_(False).to(device)

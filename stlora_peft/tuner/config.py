@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from peft import PeftConfig
 
@@ -15,10 +15,11 @@ from stlora_peft.errors import message
 from stlora_peft.tuner.adapter_file import check_adapter_file, describe_tensors, drop_other_adapters
 from stlora_peft.tuner.conditioning import CONDITIONINGS
 from stlora_peft.tuner.layout import parse_layout
-from stlora_peft.tuner.ranges import check_at_least_one, check_finite, check_probability
+from stlora_peft.tuner.ranges import check_at_least_one, check_finite, check_not_negative, check_probability
 from stlora_peft.tuner.registration import stlora_type
 
 RANK, LARGE_RANK, LARGE = 8, 2, 250_000
+DROPOUT = 0.1
 CHOOSING = "choose by stlora_peft.selection.choose_conditioning, or adapt by 'stlora adapt --conditioning auto'"
 
 
@@ -90,7 +91,8 @@ class STLoraConfig(PeftConfig):
         r: Rank :math:`r` of the update. None takes 8, and 2 on a backbone of 250,000 parameters or more, whose many or
             wide layers would otherwise need more than a tenth of them.
         lora_alpha: Numerator :math:`\alpha` of the scale; None takes twice the rank.
-        lora_dropout: Dropout probability on the update's input, and in the predictor.
+        lora_dropout: Dropout probability on the update's input, and in the predictor. None takes 0.1, and 0 with
+            ``conditioning="embedding"``, where ``emb_noise`` does the same better.
         use_rslora: Scale by :math:`\alpha / \sqrt{r}` instead of :math:`\alpha / r`.
         target_modules: Names (or a regular expression) of the layers to adapt, or ``"all-linear"``. None takes
             the backbone's own default where it has one; an empty list none: the predictor alone.
@@ -103,6 +105,7 @@ class STLoraConfig(PeftConfig):
         conditioning: How a node takes part: ``"gate"``, ``"core"``, ``"full"``, ``"embedding"``,
             ``"bias"`` or ``"shared"``.
         emb_size: Width of the node vectors of ``conditioning="embedding"``.
+        emb_noise: Standard deviation of the noise that training adds to these vectors, which start with one of 1.
         predictor: Node-specific predictor behind the backbone: ``"auto"`` (on where the backbone's output layout is
             known), a :class:`PredictorConfig`, or None.
         node_layout: Layer name to the axis pattern of its input, e.g. ``{"lstm": "(b n) t c"}``. What is not said is
@@ -134,7 +137,7 @@ class STLoraConfig(PeftConfig):
     num_nodes: int | None = None
     r: int | None = None
     lora_alpha: float | None = None
-    lora_dropout: float = 0.1
+    lora_dropout: float | None = None
     use_rslora: bool = False
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
@@ -145,6 +148,7 @@ class STLoraConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     conditioning: str = "embedding"
     emb_size: int = 16
+    emb_noise: float = 0.8
     predictor: PredictorConfig | dict[str, Any] | str | None = "auto"
     node_layout: dict[str, str] = field(default_factory=dict)
     node_bound: list[str] | None = None
@@ -168,6 +172,8 @@ class STLoraConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         if isinstance(self.predictor, Mapping):
             self.predictor = PredictorConfig(**self.predictor)
+        if self.lora_dropout is None:
+            self.lora_dropout = 0.0 if self.conditioning == "embedding" else DROPOUT
         self._check_numbers()
         self._check_choices()
         for pattern in self.node_layout.values():
@@ -184,63 +190,52 @@ class STLoraConfig(PeftConfig):
         for key, alpha in self.alpha_pattern.items():
             check_finite(f"STLoraConfig.alpha_pattern['{key}']", alpha)
         check_probability("STLoraConfig.lora_dropout", self.lora_dropout)
+        check_not_negative("STLoraConfig.emb_noise", self.emb_noise)
 
     def _check_choices(self) -> None:
         if self.conditioning not in CONDITIONINGS:
             auto = self.conditioning == "auto"
-            raise ValueError(
-                message(
-                    f"STLoraConfig.conditioning {'cannot be chosen without data' if auto else 'is unknown'}",
-                    expected=", ".join(repr(c) for c in CONDITIONINGS),
-                    got=repr(self.conditioning),
-                    fix=CHOOSING if auto else "choose one of them; 'embedding' is the default",
-                )
+            _refuse(
+                f"STLoraConfig.conditioning {'cannot be chosen without data' if auto else 'is unknown'}",
+                expected=", ".join(repr(c) for c in CONDITIONINGS),
+                got=repr(self.conditioning),
+                fix=CHOOSING if auto else "choose one of them; 'embedding' is the default",
             )
         if not (self.predictor is None or self.predictor == "auto" or isinstance(self.predictor, PredictorConfig)):
-            raise ValueError(
-                message(
-                    "STLoraConfig.predictor is unknown",
-                    expected="'auto', a PredictorConfig or None",
-                    got=repr(self.predictor),
-                    fix="leave it out for the default, or pass None to switch the predictor off",
-                )
+            _refuse(
+                "STLoraConfig.predictor is unknown",
+                expected="'auto', a PredictorConfig or None",
+                got=repr(self.predictor),
+                fix="leave it out for the default, or pass None to switch the predictor off",
             )
         for name in ("node_bound", "modules_to_save"):
             if isinstance(getattr(self, name), str):
-                raise ValueError(
-                    message(
-                        f"STLoraConfig.{name} is no list",
-                        expected="a list of names",
-                        got=repr(getattr(self, name)),
-                        fix=f"write {name}=[{getattr(self, name)!r}]",
-                    )
+                _refuse(
+                    f"STLoraConfig.{name} is no list",
+                    expected="a list of names",
+                    got=repr(getattr(self, name)),
+                    fix=f"write {name}=[{getattr(self, name)!r}]",
                 )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                message(
-                    "STLoraConfig.layers_pattern has no effect alone",
-                    expected="layers_to_transform beside layers_pattern",
-                    got=f"layers_pattern={self.layers_pattern!r} and no layers_to_transform",
-                    fix="pass layers_to_transform=[<indices>] as well",
-                )
+            _refuse(
+                "STLoraConfig.layers_pattern has no effect alone",
+                expected="layers_to_transform beside layers_pattern",
+                got=f"layers_pattern={self.layers_pattern!r} and no layers_to_transform",
+                fix="pass layers_to_transform=[<indices>] as well",
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
-                message(
-                    "STLoraConfig.layers_to_transform cannot be used here",
-                    expected="target_modules as a list of names",
-                    got=f"the expression {self.target_modules!r}",
-                    fix="write the layer numbers into the expression, or list the names",
-                )
+            _refuse(
+                "STLoraConfig.layers_to_transform cannot be used here",
+                expected="target_modules as a list of names",
+                got=f"the expression {self.target_modules!r}",
+                fix="write the layer numbers into the expression, or list the names",
             )
         if self.node_ids is not None and self.num_nodes is not None and len(self.node_ids) != self.num_nodes:
-            raise ValueError(
-                message(
-                    "STLoraConfig.node_ids does not fit num_nodes",
-                    expected=f"{self.num_nodes} names",
-                    got=f"{len(self.node_ids)} names",
-                    fix="pass the city's node ids in the order of its readings",
-                )
+            _refuse(
+                "STLoraConfig.node_ids does not fit num_nodes",
+                expected=f"{self.num_nodes} names",
+                got=f"{len(self.node_ids)} names",
+                fix="pass the city's node ids in the order of its readings",
             )
 
     def resolve_rank(self, num_parameters: int) -> None:
@@ -296,3 +291,8 @@ class STLoraConfig(PeftConfig):
         if folder.is_dir() and isinstance(config, STLoraConfig) and config.tensors is not None:
             check_adapter_file(folder, config.tensors)
         return config
+
+
+def _refuse(where: str, expected: str, got: str, fix: str) -> NoReturn:
+    """Raise the error of a choice that is not allowed."""
+    raise ValueError(message(where, expected=expected, got=got, fix=fix))

@@ -25,7 +25,7 @@ from stlora_peft.tuner.known_layers import layer_layout
 from stlora_peft.tuner.layers import STLoraLayer
 from stlora_peft.tuner.merging import check_mergeable
 from stlora_peft.tuner.node_bound import NodeBoundLayer, find_module, spec_of
-from stlora_peft.tuner.nodes import TABLE_ATTRIBUTE, NodeTable
+from stlora_peft.tuner.nodes import NodeTable, attach_table, detach_table
 from stlora_peft.tuner.predictor import (
     ATTRIBUTE,
     PredictorLayer,
@@ -92,10 +92,9 @@ class STLoraModel(PreparingTuner):
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         table = None
         if config.conditioning == "embedding":
-            if not hasattr(model, TABLE_ATTRIBUTE):
-                setattr(model, TABLE_ATTRIBUTE, NodeTable(model))
-            table = cast(NodeTable, getattr(model, TABLE_ATTRIBUTE))
-            table.update_layer(adapter_name, config.num_nodes or 0, config.emb_size, like)
+            table = attach_table(model)
+            sizes = (config.num_nodes or 0, config.emb_size)
+            table.update_layer(adapter_name, *sizes, like, emb_noise=config.emb_noise)
             for layer in self._layers():
                 if adapter_name in layer.nall_B:
                     layer.node_table[adapter_name] = table
@@ -254,8 +253,7 @@ class STLoraModel(PreparingTuner):
         if merge:
             self._check_mergeable(adapter_names, safe_merge)
         detach_predictor(self.model)
-        if hasattr(self.model, TABLE_ATTRIBUTE):
-            delattr(self.model, TABLE_ATTRIBUTE)
+        detach_table(self.model)
         unload = cast(Any, super())._unload_and_optionally_merge  # annotated to return nothing
         model = unload(merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
         if hasattr(model, "peft_config"):  # PEFT 0.18 leaves it there

@@ -52,7 +52,7 @@ class NodePredictor(nn.Module):
         self.predictor = predictor
         self.config = config
         self.r = predictor.r or config.rank
-        self.dropout = config.lora_dropout if predictor.dropout is None else predictor.dropout
+        self.dropout = (config.lora_dropout or 0.0) if predictor.dropout is None else predictor.dropout
         self.scaling = config.scaling(self.r, config.lora_alpha)
         outputs = required_size(predictor, "horizon") * required_size(predictor, "out_channels")
         channels = required_size(predictor, "in_channels")

@@ -31,3 +31,11 @@ def check_finite(name: str, value: Any) -> None:
         raise ValueError(
             message(f"{name} is out of range", expected="a finite number", got=repr(value), fix="correct it")
         )
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Raise unless the value is finite and at least 0."""
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(
+            message(f"{name} is out of range", expected="a finite number >= 0", got=repr(value), fix="correct it")
+        )
