@@ -44,6 +44,7 @@ def compare(
     options: TrainingOptions | None = None,
     refit_steps: int = REFIT_STEPS,
     output_dir: str | os.PathLike[str] | None = None,
+    known: Sequence[Row] = (),
 ) -> list[Row]:
     """Adapt a backbone to a city by several methods and measure each on the city's test part.
 
@@ -66,6 +67,8 @@ def compare(
             leaves it out: the model that validated best is tested.
         output_dir: Folder for ``results.json``, which is written after every row. Rows that it holds already are not
             measured again.
+        known: Rows that were measured elsewhere. Those of the same settings, and by the same recipe of their method,
+            are not measured again; others are passed over.
 
     Returns:
         One row for each method and seed, with the keys ``method``, ``implementation``, ``days``, ``seed``, ``mae``,
@@ -96,23 +99,26 @@ def compare(
     settings = _settings(saved, city, options, [*learning_rates, refit_steps])
     recipes = {name: _recipe(method, saved.backbone, data) for name, method in chosen.items()}
     file = None if output_dir is None else Path(output_dir) / RESULTS
-    rows = [] if file is None else _earlier_rows(file, settings, recipes)
-    known = {(row["method"], row["days"], row["seed"]): row for row in rows}
+    rows = [row for row in known if row["settings"] == settings and _same_recipe(row, recipes)]
+    rows += [] if file is None else _earlier_rows(file, settings, recipes)
+    measured = {(row["method"], row["days"], row["seed"]): row for row in rows}
+    if file is not None and rows:
+        write_json(file, list(measured.values()))
     jobs = [(name, days, seed) for name in chosen for seed in seeds]
     with JobBars("compare", total=len(jobs), show=options.progress) as bars:
         for name, _, seed in jobs:
-            if (name, days, seed) not in known:
-                first = known.get((name, days, seeds[0]), {}).get("learning_rate")
+            if (name, days, seed) not in measured:
+                first = measured.get((name, days, seeds[0]), {}).get("learning_rate")
                 rates = learning_rates if first is None else [first]
                 run = Run(saved.backbone, data, replace(options, seed=seed), rates, refit_steps, bars)
                 found = run.measure(chosen[name], f"{name}, seed {seed}")
                 shared = {"settings": settings, "recipe": recipes[name][0]}
-                known[name, days, seed] = {"method": name, "days": days, "seed": seed, **found, **shared}
+                measured[name, days, seed] = {"method": name, "days": days, "seed": seed, **found, **shared}
                 if file is not None:
-                    write_json(file, list(known.values()))
-            mae = known[name, days, seed]["mae"]
+                    write_json(file, list(measured.values()))
+            mae = measured[name, days, seed]["mae"]
             bars.advance(f"{name}, seed {seed}: test MAE " + ("not finite" if mae is None else f"{mae:.4g}"))
-    return [known[job] for job in jobs]
+    return [measured[job] for job in jobs]
 
 
 def adaptation_data(saved: SavedBackbone, city: City, days: float | None) -> CityData:
@@ -162,11 +168,16 @@ def _earlier_rows(file: Path, settings: str, recipes: dict[str, tuple[str, str]]
     if others:
         _refuse(file, f"rows of the settings {settings} (backbone, city, options)", f"rows of {', '.join(others)}")
     for row in rows:
-        recipe, implementation = recipes.get(row["method"], (row["recipe"], ""))
-        if row["recipe"] != recipe:
+        if not _same_recipe(row, recipes):
+            recipe, implementation = recipes[row["method"]]
             expected = f"rows of '{row['method']}' by the recipe {recipe} ({implementation})"
             _refuse(file, expected, f"rows by {row['recipe']} ({row['implementation']})")
     return list(rows)
+
+
+def _same_recipe(row: Row, recipes: dict[str, tuple[str, str]]) -> bool:
+    """Whether a row's method is realised as it is now; of a method that is not asked for nobody knows."""
+    return row["method"] not in recipes or bool(row["recipe"] == recipes[row["method"]][0])
 
 
 def _refuse(file: Path, expected: str, got: str) -> NoReturn:

@@ -21,6 +21,7 @@ from stlora_peft.reports import COLUMNS, days_name, environment, markdown_table,
 
 Row = dict[str, Any]
 OURS = "st-lora"
+ROWS = "rows"  # the folder of what was measured, a file for each setting
 INTERVAL = 5  # minutes: that of every city here
 
 
@@ -111,19 +112,13 @@ def in_few_colours(picture: Path) -> None:
 
 
 def write_report(runs: Path, folder: Path, titles: Mapping[str, str]) -> None:
-    """Write ``results.json``, ``results.md`` and ``results.png``."""
+    """Write ``rows``, ``results.md`` and ``results.png``."""
     parts = list(parts_of(runs))
     if not parts:
         sys.exit(f"nothing has been measured in '{runs}'")
-    kept = [
-        {"setting": part.setting, "backbone": part.backbone, **{k: v for k, v in row.items() if k != "daily"}}
-        for part in parts
-        for row in part.rows
-    ]
-    with atomic_write(folder / "results.json") as temporary:  # a line for each row: indented, they would be 15,000
-        lines = ",\n".join(json.dumps(rounded(row), allow_nan=False) for row in kept)
-        about = json.dumps(environment(), allow_nan=False)
-        temporary.write_text(f'{{"environment": {about}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    for setting in dict.fromkeys(part.setting for part in parts):
+        kept = [{"backbone": part.backbone, **row} for part in parts if part.setting == setting for row in part.rows]
+        _keep_rows(folder / ROWS / f"{setting}.json", kept)
     save_figure(draw_pareto({part.title: part.rows for part in parts}, "city's units"), folder / "results.png")
     in_few_colours(folder / "results.png")
     lines = ["# Ways to bring a backbone to another city", "", *_goals(parts), *_settings(parts, titles)]
@@ -133,6 +128,22 @@ def write_report(runs: Path, folder: Path, titles: Mapping[str, str]) -> None:
     with atomic_write(folder / "results.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(_goals(parts)))
+
+
+def committed_rows(folder: Path, setting: str, backbone: str, days: float | None) -> list[Row]:
+    """Read the rows that an earlier report kept of one part."""
+    file = folder / ROWS / f"{setting}.json"
+    rows = read_json(file)["rows"] if file.exists() else []
+    asked = [row for row in rows if (row["backbone"], row["days"]) == (backbone, days)]
+    return [{name: value for name, value in row.items() if name != "backbone"} for row in asked]
+
+
+def _keep_rows(file: Path, rows: Sequence[Row]) -> None:
+    """Write rows, a line for each: indented, they would be thousands."""
+    file.parent.mkdir(exist_ok=True)
+    lines = ",\n".join(json.dumps(rounded(row), allow_nan=False) for row in rows)
+    with atomic_write(file) as temporary:
+        temporary.write_text(f'{{"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def _goals(parts: Sequence[Part]) -> list[str]:

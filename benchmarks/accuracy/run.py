@@ -5,8 +5,9 @@
     python benchmarks/accuracy/run.py --report    only write the tables and the picture of what has been measured
 
 Every row is kept as soon as it is measured, in ``runs/accuracy``: an interrupted run goes on where it stopped, and
-several runs of different settings fill one folder side by side. Settings whose cities are not there are skipped by
-name. Writes ``results.json``, ``results.md`` and ``results.png`` beside this file.
+several runs of different settings fill one folder side by side. The committed rows, those in ``rows``, are taken over
+where the backbone's weights come out the same. Settings whose cities are not there are skipped by name. Writes a file
+for each setting in ``rows``, ``results.md`` and ``results.png`` beside this file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 import torch  # noqa: E402 - the folders above come first
 from cities import QUICK, SETTINGS, Cities, Setting  # noqa: E402
-from report import check_quick, write_report  # noqa: E402
+from report import check_quick, committed_rows, write_report  # noqa: E402
 
 from stlora_peft.backbones import new_backbone  # noqa: E402
 from stlora_peft.comparison import compare  # noqa: E402
@@ -98,10 +99,12 @@ def measure(setting: Setting, plan: Plan, data: Path, folder: Path) -> None:
             if days is not None and days > most:
                 print(f"{folder.name}: {days:g} days is skipped, the record gives {most:.2g} before its test part")
                 continue
+            known = committed_rows(FOLDER, folder.name, backbone, days)
             compare(
                 saved,
                 target,
                 days=days,
+                known=known,
                 methods=plan.methods,
                 seeds=plan.seeds,
                 learning_rates=plan.learning_rates,
