@@ -24,9 +24,9 @@ BATCH, LONGEST_GRADIENT, DECAY = 32, 5.0, 0.98
 Build = Callable[[SavedBackbone, CityData, City], nn.Module]
 """Makes a model of a backbone, the target's data and the source."""
 
-PRESENT, BEFORE = "clock-last", "embedding"
-"""The arm that has the settings of today's ``STLoraConfig`` on a backbone of less than 250,000 parameters, and the one
-that the others change."""
+PRESENT, CLOCK, BEFORE = "noise", "clock-last", "embedding"
+"""The arm with the settings of today's ``STLoraConfig`` on a backbone of less than 250,000 parameters, the one with those
+before, and the one that most others change."""
 
 ALL = 100
 """More channels than a city has."""
@@ -60,6 +60,7 @@ def settings(
     width: int | None = 64,
     predictor_dropout: float | None = None,
     emb_size: int = 16,
+    emb_noise: float = 0.0,
     history_channels: int | None = ALL,
     frozen: bool = True,
     layers: bool = True,
@@ -74,6 +75,7 @@ def settings(
         width: Width of the predictor; None leaves it out.
         predictor_dropout: Dropout in the predictor; None takes that of the layers.
         emb_size: Width of the node vectors.
+        emb_noise: Deviation of the noise on them.
         history_channels: Channels that the predictor reads at every step; None takes the readings alone.
         frozen: Whether the backbone is frozen.
         layers: Adapt the layers that the backbone names; otherwise there is only the predictor.
@@ -92,6 +94,7 @@ def settings(
         "lora_dropout": dropout,
         "use_rslora": False,
         "emb_size": emb_size,
+        "emb_noise": emb_noise,
         "predictor": predictor,
         "freeze_backbone": frozen,
         "target_modules": None if layers else [],
@@ -140,6 +143,7 @@ def _calibrated(build: Build, ridge: float | None = 0.01) -> Build:
 
 
 ZERO, WIDE = {"dropout": 0.0}, {"rank": 32, "alpha": 32, "dropout": 0.0}
+LAST, NOISE = {"history_channels": None}, {"history_channels": None, "dropout": 0.0, "emb_noise": 0.8}
 
 ARMS: dict[str, Arm] = {
     "full": Arm("every parameter of the backbone", _method("full")),
@@ -151,7 +155,13 @@ ARMS: dict[str, Arm] = {
     BEFORE: Arm(
         "embedding, rank 8, dropout 0.1, predictor of width 64 that reads the clock at every step", _adapter()
     ),
-    PRESENT: Arm("**the present default**: the clock at the last step alone", _adapter(history_channels=None)),
+    CLOCK: Arm("the clock at the last step alone", _adapter(**LAST)),
+    PRESENT: Arm("**the present default**: the same, noise of 0.8 on the node vectors, no dropout", _adapter(**NOISE)),
+    "noise-dropout0.1": Arm("the default with dropout 0.1", _adapter(**NOISE | {"dropout": 0.1})),
+    "noise0.4": Arm("the default with noise of 0.4", _adapter(**NOISE | {"emb_noise": 0.4})),
+    "noise1.2": Arm("the default with noise of 1.2", _adapter(**NOISE | {"emb_noise": 1.2})),
+    "noise0": Arm("the default without noise", _adapter(**NOISE | {"emb_noise": 0.0})),
+    "noise-predictor": Arm("the default's predictor alone", _adapter(**NOISE, layers=False)),
     "gate": Arm("gates in place of vectors", _adapter("gate")),
     "gate-dropout0": Arm("gates, no dropout: the default before", _adapter("gate", **ZERO)),
     "gate-dropout0-width16": Arm("the same, predictor of width 16", _adapter("gate", width=16, **ZERO)),
