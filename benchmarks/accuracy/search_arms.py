@@ -25,7 +25,7 @@ Build = Callable[[SavedBackbone, CityData, City], nn.Module]
 """Makes a model of a backbone, the target's data and the source."""
 
 PRESENT, CLOCK, BEFORE = "noise", "clock-last", "embedding"
-"""The arm with the settings of today's ``STLoraConfig`` on a backbone of less than 250,000 parameters, the one with those
+"""The arm with the settings of today's ``STLoraConfig`` on a backbone of less than 250,000 parameters, the one of those
 before, and the one that most others change."""
 
 ALL = 100
