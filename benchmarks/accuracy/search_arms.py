@@ -25,8 +25,8 @@ Build = Callable[[SavedBackbone, CityData, City], nn.Module]
 """Makes a model of a backbone, the target's data and the source."""
 
 PRESENT, CLOCK, BEFORE = "noise", "clock-last", "embedding"
-"""The arm with the settings of today's ``STLoraConfig`` on a backbone of less than 250,000 parameters, the one of those
-before, and the one that most others change."""
+"""The arm with the settings of today's ``STLoraConfig`` on a backbone of less than 250,000 parameters, the one of the
+default before, and the one that most others change."""
 
 ALL = 100
 """More channels than a city has."""

@@ -257,8 +257,8 @@ def _noise(rows: Rows) -> Iterator[str]:
         "Training reads a node's vector with noise, drawn anew for every pass and the same in all layers. It is what "
         f"helped most: `{PRESENT}` against `{CLOCK}`, the default before it, which has dropout 0.1 and no noise. "
         "Scratch runs that were not kept, one seed: noise drawn for each layer anew was 1 % worse than the same in "
-        "all layers; leaving nodes out at random (their vectors zero) 1 to 2 % worse; random shifts of the clock, or of "
-        "window and truth together, helped without noise and not beside it; noise on the vectors of "
+        "all layers; leaving nodes out at random (their vectors zero) 1 to 2 % worse; random shifts of the clock, or "
+        "of window and truth together, helped without noise and not beside it; noise on the vectors of "
         "`full+node-embedding` changed its error by less than 1 %."
     )
     arms = ("full", "noise0", CLOCK, "noise-dropout0.1", "noise0.4", PRESENT, "noise1.2", "noise-predictor")
