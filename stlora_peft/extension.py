@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stlora_peft.data import City, Scaler
 from stlora_peft.errors import message
 from stlora_peft.tuner.config import STLoraConfig
-from stlora_peft.tuner.node_bound import find_module, resize
+from stlora_peft.tuner.node_bound import bound_size, find_module, for_adapter
 
 Nearest = dict[str, dict[str, float]]
 """New node to the old nodes that it reads like, the nearest first, with weights that sum to one."""
@@ -150,7 +150,7 @@ def extend_with(model: PeftModel, backbone: nn.Module, city: City, nearest: Near
     old_nodes, adapter = _known_nodes(model, city), model.active_adapters[0]
     config = copy.deepcopy(_config(model))
     config.num_nodes, config.node_ids = city.num_nodes, list(city.node_ids)
-    _check_node_bound(backbone, config, (len(old_nodes), city.num_nodes, city.num_nodes + 1))
+    _check_node_bound(backbone, config, len(old_nodes))
     new = get_peft_model(copy.deepcopy(backbone), config, adapter_name=adapter)
     entries = _Entries.of(old_nodes, city.node_ids, nearest)
     before = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
@@ -238,20 +238,21 @@ def _known_nodes(model: PeftModel, city: City) -> list[str]:
     return config.node_ids
 
 
-def _check_node_bound(backbone: nn.Module, config: STLoraConfig, sizes: tuple[int, int, int]) -> None:
+def _check_node_bound(backbone: nn.Module, config: STLoraConfig, before: int) -> None:
     """Raise unless the axes of node-bound tensors are constant, or have one entry for each node.
 
-    An axis of another rule, as a kernel with the largest odd size up to N, can have size N by chance: hence the third
-    number of nodes.
+    An axis of another rule, as a kernel with the largest odd size up to N, can have size N by chance: hence a third
+    number of nodes, which is not the backbone's own.
     """
     for key in config.node_bound or []:
-        module = find_module(backbone, key)
-        old, *others = (resize(module, size, key).state_dict() for size in sizes)
-        for name, value in old.items():
-            shapes = [value.shape, *(other[name].shape for other in others)]
-            axes = {axis for axis in zip(*shapes, strict=True) if len(set(axis)) > 1}
-            if axes - {sizes} or (axes and not value.is_floating_point()):
-                found = ", ".join(f"{tuple(shape)} at N={size}" for shape, size in zip(shapes, sizes, strict=True))
+        module, now = find_module(backbone, key), config.num_nodes or 0
+        sizes = (before, now, now + 1 + (bound_size(module, key) == now + 1))
+        tables = [for_adapter(module, size, key).state_dict() for size in sizes]
+        for name, value in (tables[1] | tables[0]).items():  # of other names where one is whole and one of low rank
+            shapes = [tuple(table[name].shape) if name in table else None for table in tables]
+            axes = {axis for axis in zip(*(shape or () for shape in shapes), strict=False) if len(set(axis)) > 1}
+            if None in shapes or axes - {sizes} or (axes and not value.is_floating_point()):
+                found = ", ".join(f"{shape} at N={size}" for shape, size in zip(shapes, sizes, strict=True))
                 _refuse(
                     f"node-bound module '{key}' cannot be extended",
                     "tensors of floats with one entry for each node, or for each pair",

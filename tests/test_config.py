@@ -312,12 +312,13 @@ def test_what_is_no_parameter_and_what_two_names_share_counts_once_at_most():
 
 
 @pytest.mark.parametrize(("name", "options"), [("stgcn", {}), ("lstm", {"hidden_size": 250})])
-def test_rank_left_open_counts_for_the_predictor_too(name, options):
+def test_rank_and_width_left_open_count_for_the_predictor_too(name, options):
     model = get_peft_model(small_backbone(name, **options), STLoraConfig(num_nodes=5, lora_dropout=0.2))
     config, rank = model.peft_config["default"], 8 if name == "stgcn" else 2
     predictor = model.get_base_model().stlora_predictor.nall_predictor["default"]
     assert (config.r, config.lora_alpha, predictor.r, predictor.scaling) == (rank, 2 * rank, rank, 2.0)
     assert predictor.B_out.shape[1] == rank
+    assert config.predictor.width == predictor.weight_in.shape[0] == (64 if name == "stgcn" else 48)
     assert predictor.dropout == config.lora_dropout == 0.2
 
 

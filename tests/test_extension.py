@@ -23,7 +23,7 @@ from stlora_peft.tuner.node_bound import node_bound_modules
 OLD = ("a", "b", "c", "d")  # as many as the networks have channels: sizes alone do not tell a node axis
 NOW = ("y", "c", "a", "x", "d", "b")
 SCALER = {"mean": [50.0], "std": [8.0]}
-BACKBONES = ("lstm", "stgcn", "agcrn", "gwnet", "astgcn")
+BACKBONES = ("lstm", "stgcn", "agcrn", "gwnet", "astgcn", "staeformer")
 MATRIX = [case for case in itertools.product(BACKBONES, CONDITIONINGS) if case != ("lstm", "shared")]
 
 # Which axes of a tensor are nodes, by its name: what the package finds by comparing shapes is written down here.
@@ -33,6 +33,7 @@ BOUND: dict[str, dict[str, tuple[int, ...]]] = {
     "stgcn": dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (0,)),
     "agcrn": {"weight": (0,)},
     "gwnet": {"weight": (0,)},
+    "staeformer": {"rows": (0,)},
     "astgcn": {"_U1": (0,), "_U2": (1,), "_bs": (1, 2), "_Vs": (0, 1)},
 }
 

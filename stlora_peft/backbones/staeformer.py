@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal, cast
+from collections.abc import Iterator
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stlora_peft.backbones.adaptive_embedding import AdaptiveEmbedding
 from stlora_peft.backbones.clock import time_rows, value_channels
-from stlora_peft.backbones.nodes import NodeBound, NodeBoundForecaster, mean_entry
+from stlora_peft.backbones.nodes import NodeBoundForecaster
 from stlora_peft.tuner.spec import BackboneSpec
 
 Along = Literal["steps", "nodes"]
@@ -104,38 +105,6 @@ class SelfAttentionLayer(nn.Module):
         x = self.norm_1(x + self.dropout(self.attention(x)))
         out: Tensor = self.norm_2(x + self.dropout(self.feed_forward(x)))
         return out
-
-
-class AdaptiveEmbedding(NodeBound):
-    """A learned vector for each step of the window at each node.
-
-    In another city every node starts from the mean over the nodes, step by step. The nodes then differ by their
-    readings alone, which is enough for the attention to tell them apart and for the vectors to part.
-
-    Args:
-        window: Number of steps :math:`T`.
-        num_nodes: Number of nodes :math:`N`.
-        emb_size: Width of the vectors.
-
-    Shapes:
-        - **output:** :math:`(T, N, D)`, whatever the input
-    """
-
-    node_axes: ClassVar[Mapping[str, int] | None] = {"weight": 1}
-
-    def __init__(self, window: int, num_nodes: int, emb_size: int) -> None:
-        super().__init__()
-        self.num_nodes = num_nodes
-        self.weight = nn.Parameter(torch.empty(window, num_nodes, emb_size))
-        nn.init.xavier_uniform_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """All vectors; an adapter gives them the type of ``x``."""
-        return self.weight
-
-    def tensors_for(self, num_nodes: int) -> dict[str, Tensor]:
-        """The mean over the nodes, for each node."""
-        return {"weight": mean_entry(self.weight, 1, num_nodes, summed=False)}
 
 
 class STAEformer(NodeBoundForecaster):

@@ -154,7 +154,7 @@ def _predictor_kind(predictor: NodePredictor | None) -> tuple[Any, ...]:
     if predictor is None:
         return ()
     sizes = predictor.predictor
-    numbers = (sizes.width, sizes.num_layers, sizes.window, sizes.horizon, sizes.in_channels, sizes.out_channels)
+    numbers = (predictor.width, sizes.num_layers, sizes.window, sizes.horizon, sizes.in_channels, sizes.out_channels)
     layouts = (predictor.history_channels, sizes.input_layout, sizes.output_layout)
     family, dtype = FAMILIES[predictor.config.conditioning], next(predictor.parameters()).dtype
     return (*numbers, *layouts, predictor.r, family, dtype)

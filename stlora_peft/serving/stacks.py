@@ -140,7 +140,8 @@ class PredictorStack(NodePredictor):
     def __init__(self, predictors: Sequence[NodePredictor], vectors: Sequence[Tensor | None], tiles: Tiles) -> None:
         nn.Module.__init__(self)  # the parameters are not new ones
         first = predictors[0]
-        self.predictor, self.config, self.r = first.predictor, first.config, first.r
+        self.predictor, self.config = first.predictor, first.config
+        self.r, self.width = first.r, first.width
         self.history_channels = first.history_channels
         self.scaling = 1.0  # it differs from city to city, so it is part of B
         self.tiles = tiles
@@ -158,7 +159,7 @@ class PredictorStack(NodePredictor):
         read = []
         for each, rows, size in zip(predictors, vectors, self.tiles.sizes, strict=True):
             tensors = {key: each._tensor(f"{key}_{layer}").detach() for key in each.factor_names}
-            factors = read_vectors(tensors, rows, size, (self.predictor.width,))
+            factors = read_vectors(tensors, rows, size, (self.width,))
             read.append(factors | {"B": factors["B"] * each.scaling})
         self.factor_names = tuple(read[0])
         for key in self.factor_names:

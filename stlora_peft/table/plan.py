@@ -153,7 +153,7 @@ class Plan:
         chosen = {name: known[name] for name in (*self._preparation(), "stride", "training")}
         backbone = new_backbone(model, data, seed=0, **self.sizes.get(model, {}))
         config = STLoraConfig()
-        config.resolve_rank(num_base_parameters(backbone))
+        config.resolve_sizes(num_base_parameters(backbone))
         adapter = {name: value for name, value in asdict(config).items() if name != "peft_version"}
         return chosen | {
             "sizes": backbone.hyperparameters,

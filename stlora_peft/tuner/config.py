@@ -19,6 +19,7 @@ from stlora_peft.tuner.ranges import check_at_least_one, check_finite, check_not
 from stlora_peft.tuner.registration import stlora_type
 
 RANK, LARGE_RANK, LARGE = 8, 2, 250_000
+WIDTH, LARGE_WIDTH = 64, 48
 DROPOUT = 0.1
 CHOOSING = "choose by stlora_peft.selection.choose_conditioning, or adapt by 'stlora adapt --conditioning auto'"
 
@@ -30,7 +31,7 @@ class PredictorConfig:
     Sizes that are None are taken from the backbone's attributes of the same name.
 
     Args:
-        width: Hidden width :math:`d`.
+        width: Hidden width :math:`d`. None takes 64, and 48 on a backbone of 250,000 parameters or more.
         num_layers: Number of node-adaptive layers :math:`L`.
         r: Rank of the node-adaptive layers; None takes the adapter's.
         dropout: Dropout probability between layers; None takes the adapter's ``lora_dropout``.
@@ -48,7 +49,7 @@ class PredictorConfig:
         ValueError: If a number is out of range or a layout is not an order of ``b t n c``.
     """
 
-    width: int = 64
+    width: int | None = None
     num_layers: int = 2
     r: int | None = None
     dropout: float | None = None
@@ -62,9 +63,8 @@ class PredictorConfig:
 
     def __post_init__(self) -> None:
         """Check every range."""
-        for name in ("width", "num_layers"):
-            check_at_least_one(f"PredictorConfig.{name}", getattr(self, name))
-        for name in ("r", "window", "horizon", "in_channels", "out_channels", "history_channels"):
+        check_at_least_one("PredictorConfig.num_layers", self.num_layers)
+        for name in ("width", "r", "window", "horizon", "in_channels", "out_channels", "history_channels"):
             check_at_least_one(f"PredictorConfig.{name}", getattr(self, name), optional=True)
         if self.dropout is not None:
             check_probability("PredictorConfig.dropout", self.dropout)
@@ -238,8 +238,8 @@ class STLoraConfig(PeftConfig):
                 fix="pass the city's node ids in the order of its readings",
             )
 
-    def resolve_rank(self, num_parameters: int) -> None:
-        """Fill in rank and alpha where they are None.
+    def resolve_sizes(self, num_parameters: int) -> None:
+        """Fill in rank, alpha and the predictor's width where they are None.
 
         Args:
             num_parameters: Number of the backbone's parameters.
@@ -248,6 +248,8 @@ class STLoraConfig(PeftConfig):
             self.r = RANK if num_parameters < LARGE else LARGE_RANK
         if self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
+        if isinstance(self.predictor, PredictorConfig) and self.predictor.width is None:
+            self.predictor.width = WIDTH if num_parameters < LARGE else LARGE_WIDTH
 
     @property
     def rank(self) -> int:

@@ -75,6 +75,22 @@ def resize(module: nn.Module, num_nodes: int, name: str) -> nn.Module:
     return new
 
 
+def for_adapter(module: nn.Module, num_nodes: int, name: str) -> nn.Module:
+    """Make what an adapter trains of a node-bound module: what its method ``adapted`` says, or else a whole copy.
+
+    Args:
+        module: The backbone's module, which is not changed.
+        num_nodes: Number of nodes of the adapter's city.
+        name: Its name, for errors.
+
+    Returns:
+        A new module.
+    """
+    if hasattr(module, "adapted"):
+        return cast(nn.Module, cast(Any, module).adapted(num_nodes))
+    return resize(module, num_nodes, name)
+
+
 def _node_tensors(module: nn.Module) -> dict[str, Tensor]:
     named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return {key: value.detach() for key, value in named if value.ndim > 0}
@@ -104,7 +120,7 @@ class NodeBoundLayer(AdapterModule):
 
     def update_layer(self, adapter_name: str, num_nodes: int) -> None:
         """Add an adapter's copy."""
-        self.nall_node_bound[adapter_name] = resize(self.base_layer, num_nodes, self.name)
+        self.nall_node_bound[adapter_name] = for_adapter(self.base_layer, num_nodes, self.name)
 
     def current(self) -> nn.Module:
         """The copy of the active adapter, or the backbone's module where no adapter is active.
@@ -173,7 +189,8 @@ class NodeBoundLayer(AdapterModule):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """Return the module to put back: the adapter's copy after merging, else the backbone's."""
-        return self.copy_of(adapter_names or self.active_adapters) if merge else self.base_layer
+        chosen = self.copy_of(adapter_names or self.active_adapters) if merge else self.base_layer
+        return cast(nn.Module, cast(Any, chosen).folded()) if hasattr(chosen, "folded") else chosen
 
     @property
     def weight(self) -> Tensor:

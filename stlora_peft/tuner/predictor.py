@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stlora_peft.errors import message
 from stlora_peft.tuner.activation import activated
 from stlora_peft.tuner.conditioning import condition, factor_dtype, factor_shapes, new_factor
-from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
+from stlora_peft.tuner.config import WIDTH, PredictorConfig, STLoraConfig
 from stlora_peft.tuner.nodes import CityModule, NodeTable
 from stlora_peft.tuner.products import nodewise, project
 
@@ -51,7 +51,7 @@ class NodePredictor(nn.Module):
         super().__init__()
         self.predictor = predictor
         self.config = config
-        self.r = predictor.r or config.rank
+        self.r, self.width = predictor.r or config.rank, predictor.width or WIDTH
         self.dropout = (config.lora_dropout or 0.0) if predictor.dropout is None else predictor.dropout
         self.scaling = config.scaling(self.r, config.lora_alpha)
         outputs = required_size(predictor, "horizon") * required_size(predictor, "out_channels")
@@ -59,9 +59,9 @@ class NodePredictor(nn.Module):
         self.history_channels = min(predictor.history_channels or required_size(predictor, "out_channels"), channels)
         history = required_size(predictor, "window") * self.history_channels
         inputs = history + channels - self.history_channels + outputs
-        self._linear("in", inputs, predictor.width, like)
+        self._linear("in", inputs, self.width, like)
         for layer in range(predictor.num_layers):
-            self._node_layer(str(layer), predictor.width, like)
+            self._node_layer(str(layer), self.width, like)
         self._node_layer("out", outputs, like)
         if config.init_weights:
             with torch.no_grad():
@@ -77,8 +77,8 @@ class NodePredictor(nn.Module):
 
     def _node_layer(self, name: str, out_features: int, like: Tensor) -> None:
         """Register the parameters of one node-adaptive layer."""
-        in_shape = (self.predictor.width,)
-        self._linear(name, self.predictor.width, out_features, like)
+        in_shape = (self.width,)
+        self._linear(name, self.width, out_features, like)
         norm = torch.ones(in_shape, device=like.device, dtype=factor_dtype(like))
         self.register_parameter(f"norm_{name}", nn.Parameter(norm))
         shapes = factor_shapes(

@@ -59,8 +59,8 @@ class PreparingTuner(BaseTuner):
         for layer, described in config.host_layers.items():
             remember(layer, HostLayer(**described))
         self._resolve_targets(config)
-        config.resolve_rank(num_base_parameters(self.model))
         self._resolve_predictor(config)
+        config.resolve_sizes(num_base_parameters(self.model))
         self._resolve_node_bound(config)
         self._check_targets(config)
         self._resolve_fingerprint(config, name)
