@@ -71,7 +71,7 @@ sizes = [len(part.dataset) for part in (train, val, test)]
 torch.manual_seed(0)
 backbone = build_backbone("tgcn2", in_channels=2, hidden_channels=8)  # a pretrained one in real life
 before = fingerprint(backbone)
-config = STLoraConfig(num_nodes=16, lora_dropout=0.0, scaler={"mean": [mean], "std": [std]})
+config = STLoraConfig(num_nodes=16, lora_dropout=0.0, emb_noise=0.0, scaler={"mean": [mean], "std": [std]})
 model = get_peft_model(backbone, config).to(device)
 shared = nn.parallel.DistributedDataParallel(model) if process_count() > 1 else model
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)

@@ -18,6 +18,7 @@ from stlora_peft.evaluation import check_fit
 from stlora_peft.files import read_json, write_json
 from stlora_peft.measurement import Row, Run
 from stlora_peft.methods import Method, find_methods
+from stlora_peft.reports import source_commit
 from stlora_peft.storage import SavedBackbone
 from stlora_peft.training import TrainingOptions
 
@@ -67,8 +68,8 @@ def compare(
             leaves it out: the model that validated best is tested.
         output_dir: Folder for ``results.json``, which is written after every row. Rows that it holds already are not
             measured again.
-        known: Rows that were measured elsewhere. Those of the same settings, and by the same recipe of their method,
-            are not measured again; others are passed over.
+        known: Rows that were measured elsewhere. Those of the same settings, days and recipe of their method are not
+            measured again; others are passed over.
 
     Returns:
         One row for each method and seed, with the keys ``method``, ``implementation``, ``days``, ``seed``, ``mae``,
@@ -80,8 +81,8 @@ def compare(
         those in use before; None where the system does not say), ``adapter_bytes`` (what the city needs on disk
         beside the backbone), ``choice`` (what was chosen and what each candidate was worth, see
         :meth:`stlora_peft.selection.Choice.to_dict`; None where nothing was), ``settings`` (a hash of everything that
-        the rows of one table share) and ``recipe`` (a hash of what the rows of one method share: what is trained, the
-        adapter's configuration).
+        the rows of one table share), ``recipe`` (a hash of what the rows of one method share: what is trained, the
+        adapter's configuration) and ``commit`` (of the package's source; None where it is not a repository).
 
     Raises:
         ValueError: If a method is unknown, a list is empty, the backbone does not fit the city, or ``output_dir``
@@ -99,7 +100,8 @@ def compare(
     settings = _settings(saved, city, options, [*learning_rates, refit_steps])
     recipes = {name: _recipe(method, saved.backbone, data) for name, method in chosen.items()}
     file = None if output_dir is None else Path(output_dir) / RESULTS
-    rows = [row for row in known if row["settings"] == settings and _same_recipe(row, recipes)]
+    known = [row for row in known if (row["settings"], row["days"]) == (settings, days)]
+    rows = [row for row in known if (row["method"], row["recipe"]) in {(name, recipes[name][0]) for name in chosen}]
     rows += [] if file is None else _earlier_rows(file, settings, recipes)
     measured = {(row["method"], row["days"], row["seed"]): row for row in rows}
     if file is not None and rows:
@@ -112,7 +114,7 @@ def compare(
                 rates = learning_rates if first is None else [first]
                 run = Run(saved.backbone, data, replace(options, seed=seed), rates, refit_steps, bars)
                 found = run.measure(chosen[name], f"{name}, seed {seed}")
-                shared = {"settings": settings, "recipe": recipes[name][0]}
+                shared = {"settings": settings, "recipe": recipes[name][0], "commit": source_commit()}
                 measured[name, days, seed] = {"method": name, "days": days, "seed": seed, **found, **shared}
                 if file is not None:
                     write_json(file, list(measured.values()))
@@ -168,16 +170,11 @@ def _earlier_rows(file: Path, settings: str, recipes: dict[str, tuple[str, str]]
     if others:
         _refuse(file, f"rows of the settings {settings} (backbone, city, options)", f"rows of {', '.join(others)}")
     for row in rows:
-        if not _same_recipe(row, recipes):
-            recipe, implementation = recipes[row["method"]]
+        recipe, implementation = recipes.get(row["method"], (row["recipe"], ""))
+        if row["recipe"] != recipe:
             expected = f"rows of '{row['method']}' by the recipe {recipe} ({implementation})"
             _refuse(file, expected, f"rows by {row['recipe']} ({row['implementation']})")
     return list(rows)
-
-
-def _same_recipe(row: Row, recipes: dict[str, tuple[str, str]]) -> bool:
-    """Whether a row's method is realised as it is now; of a method that is not asked for nobody knows."""
-    return row["method"] not in recipes or bool(row["recipe"] == recipes[row["method"]][0])
 
 
 def _refuse(file: Path, expected: str, got: str) -> NoReturn:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stlora_peft.data import City, Scaler
 from stlora_peft.errors import message
 from stlora_peft.tuner.config import STLoraConfig
-from stlora_peft.tuner.node_bound import bound_size, find_module, for_adapter
+from stlora_peft.tuner.node_bound import adapted_module, bound_size, find_module
 
 Nearest = dict[str, dict[str, float]]
 """New node to the old nodes that it reads like, the nearest first, with weights that sum to one."""
@@ -238,24 +238,23 @@ def _known_nodes(model: PeftModel, city: City) -> list[str]:
     return config.node_ids
 
 
-def _check_node_bound(backbone: nn.Module, config: STLoraConfig, before: int) -> None:
+def _check_node_bound(backbone: nn.Module, config: STLoraConfig, old_num_nodes: int) -> None:
     """Raise unless the axes of node-bound tensors are constant, or have one entry for each node.
 
-    An axis of another rule, as a kernel with the largest odd size up to N, can have size N by chance: hence a third
-    number of nodes, which is not the backbone's own.
+    A kernel with the largest odd size up to N can have size N by chance: hence a third number, not the backbone's own.
     """
     for key in config.node_bound or []:
         module, now = find_module(backbone, key), config.num_nodes or 0
-        sizes = (before, now, now + 1 + (bound_size(module, key) == now + 1))
-        tables = [for_adapter(module, size, key).state_dict() for size in sizes]
-        for name, value in (tables[1] | tables[0]).items():  # of other names where one is whole and one of low rank
-            shapes = [tuple(table[name].shape) if name in table else None for table in tables]
-            axes = {axis for axis in zip(*(shape or () for shape in shapes), strict=False) if len(set(axis)) > 1}
-            if None in shapes or axes - {sizes} or (axes and not value.is_floating_point()):
+        sizes = (old_num_nodes, now, now + 1 + (bound_size(module, key) == now + 1))
+        tables = [adapted_module(module, n, key, whole=not config.freeze_backbone).state_dict() for n in sizes]
+        for name, value in (tables[1] | tables[0]).items():  # one may be whole and the others of low rank
+            shapes = [tuple(table[name].shape) if name in table else "nothing" for table in tables]
+            axes = {axis for axis in zip(*shapes, strict=False) if len(set(axis)) > 1}
+            if len({*map(len, shapes)}) > 1 or axes - {sizes} or (axes and not value.is_floating_point()):
                 found = ", ".join(f"{shape} at N={size}" for shape, size in zip(shapes, sizes, strict=True))
                 _refuse(
                     f"node-bound module '{key}' cannot be extended",
-                    "tensors of floats with one entry for each node, or for each pair",
+                    "tensors of floats, the same for every N, with one entry for each node, or for each pair",
                     f"'{name}' of {value.dtype} with the shapes {found}",
                     "make a new adapter for the whole city with 'stlora adapt'",
                 )

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from test_extension import NOW, OLD, city, trained
 from toys import assert_same, call, pristine, raised, randomised, small_backbone
 
-from stlora_peft import STLoraConfig
+from stlora_peft import STLoraConfig, node_subset
 from stlora_peft.backbones import build_backbone
 from stlora_peft.backbones.adaptive_embedding import AdaptiveEmbedding, LowRankEmbedding
 from stlora_peft.extension import extend_adapter
@@ -62,14 +62,40 @@ def test_the_backbones_vectors_get_no_gradient_and_are_not_saved():
     assert set(new.state_dict()) == {"rows", "basis"}
 
 
-def test_a_copy_of_a_model_reads_its_own_backbone():
-    model = get_peft_model(small_backbone("staeformer"), STLoraConfig(num_nodes=7)).eval()
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        model.get_base_model().adaptive_embedding.base_layer.weight.zero_()
-    low_rank = other.get_base_model().adaptive_embedding.current()
-    assert low_rank._base[0] is other.get_base_model().adaptive_embedding.base_layer
-    assert low_rank.weight.abs().max() > 0
+def test_where_the_backbone_trains_too_the_copy_is_whole():
+    model = get_peft_model(small_backbone("staeformer"), STLoraConfig(num_nodes=7, freeze_backbone=False))
+    assert type(model.get_base_model().adaptive_embedding.current()) is AdaptiveEmbedding
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_saved_and_loaded_it_forecasts_bit_for_bit(tmp_path, frozen):
+    backbone = small_backbone("staeformer")
+    before = copy.deepcopy(backbone)
+    model = randomised(get_peft_model(backbone, STLoraConfig(num_nodes=7, freeze_backbone=frozen))).eval()
+    for parameter in model.get_base_model().adaptive_embedding.current().parameters():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    for fast in (False, True):
+        again = PeftModel.from_pretrained(copy.deepcopy(before), tmp_path, low_cpu_mem_usage=fast).eval()
+        torch.testing.assert_close(call(again, 7), call(model, 7), rtol=1e-6, atol=1e-6)
+
+
+def test_unloading_leaves_the_backbones_vectors_as_they_were():
+    backbone = small_backbone("staeformer")
+    table = backbone.adaptive_embedding
+    assert get_peft_model(backbone, STLoraConfig(num_nodes=7)).unload().adaptive_embedding is table
+
+
+def test_some_nodes_have_their_rows_of_the_table_and_learn():
+    model = randomised(get_peft_model(small_backbone("staeformer"), STLoraConfig(num_nodes=7))).eval()
+    low_rank = model.get_base_model().adaptive_embedding.current()
+    torch.nn.init.normal_(low_rank.basis)
+    whole, ids = low_rank.weight.detach(), torch.tensor([4, 1, 6])
+    with node_subset(model, ids):
+        torch.testing.assert_close(low_rank.weight, whole[:, ids])
+        low_rank.weight.square().sum().backward()
+    assert low_rank.weight.shape == whole.shape
+    assert low_rank.basis.grad.abs().max() > 0
 
 
 def test_merging_writes_the_vectors_as_a_table():
@@ -95,8 +121,8 @@ def test_an_adapter_of_the_backbones_own_number_of_nodes_cannot_be_extended():
     backbone = build_backbone("staeformer", **{"num_nodes": len(OLD)} | _sizes()).eval()
     assert raised(lambda: extend_adapter(trained(backbone), pristine(backbone), city(NOW))) == {
         "where": "node-bound module 'adaptive_embedding' cannot be extended",
-        "expected": "tensors of floats with one entry for each node, or for each pair",
-        "got": "'rows' of torch.float32 with the shapes None at N=4, (6, 6) at N=6, (7, 6) at N=7",
+        "expected": "tensors of floats, the same for every N, with one entry for each node, or for each pair",
+        "got": "'rows' of torch.float32 with the shapes nothing at N=4, (6, 6) at N=6, (7, 6) at N=7",
         "fix": "make a new adapter for the whole city with 'stlora adapt'",
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 from typing import Any
@@ -60,10 +61,20 @@ def test_dropout_out_of_range_raises(make, where, value):
     assert (lines["expected"], lines["got"]) == ("a probability in [0, 1)", repr(value))
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.5])
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_dropout_left_open_is_a_tenth_and_none_where_node_vectors_have_noise(conditioning):
-    assert STLoraConfig(conditioning=conditioning).lora_dropout == (0.0 if conditioning == "embedding" else 0.1)
-    assert STLoraConfig(conditioning=conditioning, lora_dropout=0.3).lora_dropout == 0.3
+def test_dropout_left_open_is_a_tenth_and_none_where_node_vectors_have_noise(conditioning, noise):
+    model = get_peft_model(wide(SMALL), line(conditioning=conditioning, emb_noise=noise))
+    expected = 0.0 if noise and conditioning == "embedding" else 0.1
+    assert model.peft_config["default"].lora_dropout == expected
+    assert getattr(model.get_base_model().layer.nall_dropout["default"], "p", 0.0) == expected
+    model = get_peft_model(wide(SMALL), line(conditioning=conditioning, emb_noise=noise, lora_dropout=0.3))
+    assert model.peft_config["default"].lora_dropout == 0.3
+
+
+def test_another_form_of_a_configuration_has_the_dropout_of_that_form():
+    config = dataclasses.replace(STLoraConfig(num_nodes=3), conditioning="gate")
+    assert config.lora_dropout is None
     assert PredictorConfig().dropout is None
 
 
@@ -171,7 +182,7 @@ def test_one_name_instead_of_a_list_raises(name):
 
 def test_config_without_arguments_is_valid():
     config = STLoraConfig()
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (None, None, 0.0)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (None, None, None)
     assert (config.conditioning, config.emb_size, config.emb_noise, config.num_nodes) == ("embedding", 16, 0.8, None)
 
 
@@ -355,7 +366,7 @@ def test_saved_rank_is_that_of_the_file_and_not_that_of_the_backbone(tmp_path):
 
 def test_config_left_open_prints_and_reads_back_as_it_was(tmp_path):
     config = STLoraConfig(num_nodes=3)
-    assert "r=None, lora_alpha=None, lora_dropout=0.0" in repr(config)
+    assert "r=None, lora_alpha=None, lora_dropout=None" in repr(config)
     assert STLoraConfig(**config.to_dict()) == config
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] is None

@@ -443,7 +443,7 @@ def test_kernel_along_the_numbers_of_nodes_is_refused_even_where_its_size_is_the
     now = city(("g", *OLD, "f", "e"))
     assert raised(lambda: extend_adapter(model, backbone, now)) == {
         "where": "node-bound module 'block1.gcn1.conv_sa' cannot be extended",
-        "expected": "tensors of floats with one entry for each node, or for each pair",
+        "expected": "tensors of floats, the same for every N, with one entry for each node, or for each pair",
         "got": "'weight' of torch.float32 with the shapes (1, 8, 5) at N=5, (1, 8, 7) at N=7, (1, 8, 7) at N=8",
         "fix": "make a new adapter for the whole city with 'stlora adapt'",
     }

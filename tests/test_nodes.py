@@ -20,7 +20,7 @@ EDGES = torch.tensor([[0, 1, 2], [1, 2, 3]])
 
 
 def city(emb_noise: float = SIGMA, backbone: str = "lstm") -> PeftModel:
-    config = STLoraConfig(num_nodes=N, r=2, emb_size=3, emb_noise=emb_noise)
+    config = STLoraConfig(num_nodes=N, r=2, emb_size=3, emb_noise=emb_noise, lora_dropout=0.0)
     return randomised(get_peft_model(small_backbone(backbone).double(), config)).double()
 
 
@@ -115,7 +115,7 @@ def test_noise_is_not_saved_and_not_served(tmp_path):
 
 def test_each_adapter_has_its_own_noise_until_it_is_deleted():
     model = city().train()
-    model.add_adapter("oslo", STLoraConfig(num_nodes=N, r=2, emb_size=3, emb_noise=0.0))
+    model.add_adapter("oslo", STLoraConfig(num_nodes=N, r=2, emb_size=3, emb_noise=0.0, lora_dropout=0.0))
     nodes = model.get_base_model().stlora_nodes
     assert nodes.emb_noise == {"default": SIGMA, "oslo": 0.0}
     model.set_adapter("oslo")

@@ -86,7 +86,9 @@ def test_sizes_out_of_range_are_refused(option: str, value: int, least: int) -> 
 
 def adapted(name: str, num_nodes: int, conditioning: str) -> PeftModel:
     options = {"exact_diffusion": True} if name == "dcrnn" else {}
-    config = STLoraConfig(num_nodes=num_nodes, conditioning=conditioning, r=2, lora_dropout=0.0, emb_size=3)
+    config = STLoraConfig(
+        num_nodes=num_nodes, conditioning=conditioning, r=2, lora_dropout=0.0, emb_size=3, emb_noise=0.0
+    )
     return randomised(get_peft_model(small_backbone(name, num_nodes, **options).double(), config)).double().train()
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ class Part:
     rows: list[Row]
 
     @property
+    def key(self) -> tuple[str, str, float | None]:
+        """What tells it apart."""
+        return self.setting, self.backbone, self.days
+
+    @property
     def title(self) -> str:
         """Setting, backbone and days in a line."""
         return f"{self.setting}, {self.backbone}, {days_name(self.days)}"
@@ -112,8 +118,8 @@ def in_few_colours(picture: Path) -> None:
 
 
 def write_report(runs: Path, folder: Path, titles: Mapping[str, str]) -> None:
-    """Write ``rows``, ``results.md`` and ``results.png``."""
-    parts = list(parts_of(runs))
+    """Write ``rows``, ``results.md`` and ``results.png`` of what has been measured and of what was kept before."""
+    parts = joined(kept_parts(folder), parts_of(runs))
     if not parts:
         sys.exit(f"nothing has been measured in '{runs}'")
     for setting in dict.fromkeys(part.setting for part in parts):
@@ -124,18 +130,49 @@ def write_report(runs: Path, folder: Path, titles: Mapping[str, str]) -> None:
     lines = ["# Ways to bring a backbone to another city", "", *_goals(parts), *_settings(parts, titles)]
     lines += ["![MAE against trained parameters, one panel for each setting](results.png)", ""]
     lines += ["## Where the numbers come from", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in environment().items()]
+    commits = dict.fromkeys(row.get("commit") or "not noted" for part in parts for row in part.rows)
+    about = environment() | {"commit": ", ".join(commits)}
+    lines += [f"| {name} | {value} |" for name, value in about.items()]
     with atomic_write(folder / "results.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(_goals(parts)))
 
 
+def kept_parts(folder: Path) -> Iterator[Part]:
+    """What an earlier report kept."""
+    for file in sorted((folder / ROWS).glob("*.json")):
+        groups: dict[tuple[str, float | None], list[Row]] = {}
+        for row in read_json(file)["rows"]:
+            groups.setdefault((row.pop("backbone"), row["days"]), []).append(row)
+        for (backbone, days), rows in groups.items():
+            yield Part(file.stem, backbone, days, rows)
+
+
 def committed_rows(folder: Path, setting: str, backbone: str, days: float | None) -> list[Row]:
     """Read the rows that an earlier report kept of one part."""
-    file = folder / ROWS / f"{setting}.json"
-    rows = read_json(file)["rows"] if file.exists() else []
-    asked = [row for row in rows if (row["backbone"], row["days"]) == (backbone, days)]
-    return [{name: value for name, value in row.items() if name != "backbone"} for row in asked]
+    return next((part.rows for part in kept_parts(folder) if part.key == (setting, backbone, days)), [])
+
+
+def joined(kept: Iterable[Part], measured: Iterable[Part]) -> list[Part]:
+    """Put what has been measured in the place of what was kept, row by row.
+
+    Of a part that was measured in other settings, and of a method that was measured by another recipe, nothing of
+    before is left: one table must not mix them.
+    """
+    parts = {part.key: part for part in kept}
+    for part in measured:
+        recipes = {row["method"]: row["recipe"] for row in part.rows}
+        done = {(row["method"], row["seed"]) for row in part.rows}
+        before = parts[part.key].rows if part.key in parts else []
+        still = [
+            row
+            for row in before
+            if row["settings"] == part.rows[0]["settings"]
+            and recipes.get(row["method"], row["recipe"]) == row["recipe"]
+            and (row["method"], row["seed"]) not in done
+        ]
+        parts[part.key] = replace(part, rows=[*part.rows, *still])
+    return sorted(parts.values(), key=lambda part: (part.setting, part.backbone, part.days or math.inf))
 
 
 def _keep_rows(file: Path, rows: Sequence[Row]) -> None:

@@ -5,9 +5,9 @@
     python benchmarks/accuracy/run.py --report    only write the tables and the picture of what has been measured
 
 Every row is kept as soon as it is measured, in ``runs/accuracy``: an interrupted run goes on where it stopped, and
-several runs of different settings fill one folder side by side. The committed rows, those in ``rows``, are taken over
-where the backbone's weights come out the same. Settings whose cities are not there are skipped by name. Writes a file
-for each setting in ``rows``, ``results.md`` and ``results.png`` beside this file.
+several runs of different settings fill one folder side by side. The committed rows, those in ``rows``, are not
+measured again where backbone, city, options and recipe of the method are the same. Settings whose cities are not there
+are skipped by name. Writes a file for each setting in ``rows``, ``results.md`` and ``results.png`` beside this file.
 """
 
 from __future__ import annotations

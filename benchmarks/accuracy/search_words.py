@@ -266,7 +266,7 @@ def _noise(rows: Rows) -> Iterator[str]:
     lines.append("|---|---|---:|" + "---:|" * (len(arms) + 1))
     chosen = [row for row in rows.rows if row["arm"] == PRESENT and row["seed"] == 0 and row["rate"] == RATE]
     for pair, backbone, days in dict.fromkeys((row["pair"], row["backbone"], row["days"]) for row in chosen):
-        errors = {arm: rows.find((pair, days), arm, backbone=backbone) for arm in (*arms, CLOCK)}
+        errors = {arm: rows.find((pair, days), arm, backbone=backbone) for arm in arms}
         last = [number(errors[arm].get(max(errors[arm], key=int)) if errors[arm] else None) for arm in arms]
         cells = [pair, f"`{backbone}`", f"{days:g}", *last, change(errors[PRESENT], errors[CLOCK])]
         lines.append(f"| {' | '.join(cells)} |")

@@ -72,21 +72,21 @@ class LowRankEmbedding(NodeBound):
         to 8. Differs: deep in the input of a transformer, and one for each step of the window.
     """
 
+    node_axes: ClassVar[Mapping[str, int] | None] = {"rows": 0}
+    mean: Tensor
+
     def __init__(self, base: AdaptiveEmbedding, num_nodes: int, r: int = 6) -> None:
         super().__init__()
-        self._base = (base,)  # in a tuple, or the backbone's vectors would be saved with the adapter
         self.num_nodes = num_nodes
-        like, (window, _, width) = base.weight, base.weight.shape
-        self.rows = nn.Parameter(torch.randn(num_nodes, r, dtype=like.dtype, device=like.device))
-        self.basis = nn.Parameter(torch.zeros(window, r, width, dtype=like.dtype, device=like.device))
-
-    node_axes: ClassVar[Mapping[str, int] | None] = {"rows": 0}
+        mean = base.weight.detach().mean(1, keepdim=True)
+        self.register_buffer("mean", mean, persistent=False)  # it is the backbone's, and not saved with the adapter
+        self.rows = nn.Parameter(torch.randn(num_nodes, r, dtype=mean.dtype, device=mean.device))
+        self.basis = nn.Parameter(mean.new_zeros(len(mean), r, mean.shape[2]))
 
     @property
     def weight(self) -> Tensor:
         """All vectors."""
-        mean = self._base[0].weight.detach().mean(1, keepdim=True)
-        return mean + torch.einsum("nr,trd->tnd", self.rows, self.basis)
+        return self.mean + torch.einsum("nr,trd->tnd", self.rows, self.basis)
 
     def forward(self, x: Tensor) -> Tensor:
         """All vectors; an adapter gives them the type of ``x``."""
@@ -98,6 +98,7 @@ class LowRankEmbedding(NodeBound):
 
     def folded(self) -> AdaptiveEmbedding:
         """The vectors as a table."""
-        whole = self._base[0].resized(self.num_nodes)
-        whole.weight = nn.Parameter(self.weight.detach())
+        weight = self.weight.detach()
+        whole = AdaptiveEmbedding(*weight.shape)
+        whole.weight = nn.Parameter(weight)
         return whole

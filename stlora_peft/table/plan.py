@@ -12,7 +12,7 @@ from stlora_peft.data.city import hash_with_city
 from stlora_peft.data.windows import TimeFeatures
 from stlora_peft.errors import message
 from stlora_peft.training import TrainingOptions
-from stlora_peft.tuner.config import STLoraConfig
+from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
 from stlora_peft.tuner.identity import num_base_parameters
 
 PAPER_BACKBONES = ("lstm", "stgcn", "gwnet", "agcrn", "staeformer", "d2stgnn")
@@ -152,8 +152,8 @@ class Plan:
         known = self.configuration()
         chosen = {name: known[name] for name in (*self._preparation(), "stride", "training")}
         backbone = new_backbone(model, data, seed=0, **self.sizes.get(model, {}))
-        config = STLoraConfig()
-        config.resolve_sizes(num_base_parameters(backbone))
+        config = STLoraConfig(predictor=PredictorConfig())
+        config.resolve(num_base_parameters(backbone))
         adapter = {name: value for name, value in asdict(config).items() if name != "peft_version"}
         return chosen | {
             "sizes": backbone.hyperparameters,

@@ -130,7 +130,7 @@ def _write(
     left, sizes, right = torch.linalg.svd(medians, full_matrices=False)
     rank = min(predictor.r, len(sizes))
     if "node_bias_map" in predictor.factor_names:
-        table = cast(NodeTable, getattr(model.get_base_model(), TABLE_ATTRIBUTE)).vectors(name)
+        table = cast(NodeTable, getattr(model.get_base_model(), TABLE_ATTRIBUTE)).nall_emb[name]
         rank = min(rank, table.shape[1])
     scale = len(medians) ** 0.5  # vectors of unit size, as the others start
     vectors, up = left[:, :rank] * scale, right[:rank].T * sizes[:rank] / scale / predictor.scaling

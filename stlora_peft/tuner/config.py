@@ -66,8 +66,7 @@ class PredictorConfig:
         check_at_least_one("PredictorConfig.num_layers", self.num_layers)
         for name in ("width", "r", "window", "horizon", "in_channels", "out_channels", "history_channels"):
             check_at_least_one(f"PredictorConfig.{name}", getattr(self, name), optional=True)
-        if self.dropout is not None:
-            check_probability("PredictorConfig.dropout", self.dropout)
+        check_probability("PredictorConfig.dropout", self.dropout, optional=True)
         for name in ("input_layout", "output_layout"):
             if sorted(getattr(self, name).split()) != ["b", "c", "n", "t"]:
                 raise ValueError(
@@ -91,8 +90,8 @@ class STLoraConfig(PeftConfig):
         r: Rank :math:`r` of the update. None takes 8, and 2 on a backbone of 250,000 parameters or more, whose many or
             wide layers would otherwise need more than a tenth of them.
         lora_alpha: Numerator :math:`\alpha` of the scale; None takes twice the rank.
-        lora_dropout: Dropout probability on the update's input, and in the predictor. None takes 0.1, and 0 with
-            ``conditioning="embedding"``, where ``emb_noise`` does the same better.
+        lora_dropout: Dropout probability on the update's input, and in the predictor. None takes 0.1, and 0 where
+            ``emb_noise`` does the same better.
         use_rslora: Scale by :math:`\alpha / \sqrt{r}` instead of :math:`\alpha / r`.
         target_modules: Names (or a regular expression) of the layers to adapt, or ``"all-linear"``. None takes
             the backbone's own default where it has one; an empty list none: the predictor alone.
@@ -172,8 +171,6 @@ class STLoraConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         if isinstance(self.predictor, Mapping):
             self.predictor = PredictorConfig(**self.predictor)
-        if self.lora_dropout is None:
-            self.lora_dropout = 0.0 if self.conditioning == "embedding" else DROPOUT
         self._check_numbers()
         self._check_choices()
         for pattern in self.node_layout.values():
@@ -189,7 +186,7 @@ class STLoraConfig(PeftConfig):
             check_finite("STLoraConfig.lora_alpha", self.lora_alpha)
         for key, alpha in self.alpha_pattern.items():
             check_finite(f"STLoraConfig.alpha_pattern['{key}']", alpha)
-        check_probability("STLoraConfig.lora_dropout", self.lora_dropout)
+        check_probability("STLoraConfig.lora_dropout", self.lora_dropout, optional=True)
         check_not_negative("STLoraConfig.emb_noise", self.emb_noise)
 
     def _check_choices(self) -> None:
@@ -238,8 +235,8 @@ class STLoraConfig(PeftConfig):
                 fix="pass the city's node ids in the order of its readings",
             )
 
-    def resolve_sizes(self, num_parameters: int) -> None:
-        """Fill in rank, alpha and the predictor's width where they are None.
+    def resolve(self, num_parameters: int) -> None:
+        """Fill in rank, alpha, dropout and the predictor's width where they are None.
 
         Args:
             num_parameters: Number of the backbone's parameters.
@@ -248,6 +245,8 @@ class STLoraConfig(PeftConfig):
             self.r = RANK if num_parameters < LARGE else LARGE_RANK
         if self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
+        if self.lora_dropout is None:
+            self.lora_dropout = 0.0 if self.conditioning == "embedding" and self.emb_noise else DROPOUT
         if isinstance(self.predictor, PredictorConfig) and self.predictor.width is None:
             self.predictor.width = WIDTH if num_parameters < LARGE else LARGE_WIDTH
 

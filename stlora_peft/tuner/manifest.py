@@ -12,7 +12,7 @@ from stlora_peft.tuner.conditioning import factor_shapes
 from stlora_peft.tuner.config import PredictorConfig, STLoraConfig
 from stlora_peft.tuner.hosts import layer_sizes
 from stlora_peft.tuner.identity import base_tensors
-from stlora_peft.tuner.node_bound import for_adapter
+from stlora_peft.tuner.node_bound import adapted_module
 from stlora_peft.tuner.nodes import TABLE_ATTRIBUTE
 from stlora_peft.tuner.predictor import ATTRIBUTE, NodePredictor
 
@@ -55,7 +55,8 @@ def expected_tensors(
         for name, parameter in predictor.named_parameters():
             shapes[f"{ATTRIBUTE}{_MARK}predictor.{name}"] = tuple(parameter.shape)
     for key, module in node_bound.items():
-        for name, value in for_adapter(module, num_nodes, key).state_dict().items():
+        made = adapted_module(module, num_nodes, key, whole=not config.freeze_backbone)
+        for name, value in made.state_dict().items():
             shapes[f"{key}{_MARK}node_bound.{name}"] = tuple(value.shape)
     return shapes
 

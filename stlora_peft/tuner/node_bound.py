@@ -75,18 +75,19 @@ def resize(module: nn.Module, num_nodes: int, name: str) -> nn.Module:
     return new
 
 
-def for_adapter(module: nn.Module, num_nodes: int, name: str) -> nn.Module:
+def adapted_module(module: nn.Module, num_nodes: int, name: str, *, whole: bool) -> nn.Module:
     """Make what an adapter trains of a node-bound module: what its method ``adapted`` says, or else a whole copy.
 
     Args:
         module: The backbone's module, which is not changed.
         num_nodes: Number of nodes of the adapter's city.
         name: Its name, for errors.
+        whole: Make a whole copy in any case, as where the backbone trains too.
 
     Returns:
         A new module.
     """
-    if hasattr(module, "adapted"):
+    if hasattr(module, "adapted") and not whole:
         return cast(nn.Module, cast(Any, module).adapted(num_nodes))
     return resize(module, num_nodes, name)
 
@@ -101,7 +102,7 @@ def _mean_row(value: Tensor, num_nodes: int) -> Tensor:
 
 
 class NodeBoundLayer(AdapterModule):
-    """A module with one entry for each node, with a copy of its own size for each adapter.
+    """A module with one entry for each node, with what :func:`adapted_module` makes of it for each adapter.
 
     Args:
         base_layer: The backbone's module, kept as it is.
@@ -118,9 +119,9 @@ class NodeBoundLayer(AdapterModule):
         self.in_features = self.out_features = bound_size(base_layer, name)
         self.nall_node_bound = nn.ModuleDict()
 
-    def update_layer(self, adapter_name: str, num_nodes: int) -> None:
+    def update_layer(self, adapter_name: str, num_nodes: int, *, whole: bool = False) -> None:
         """Add an adapter's copy."""
-        self.nall_node_bound[adapter_name] = for_adapter(self.base_layer, num_nodes, self.name)
+        self.nall_node_bound[adapter_name] = adapted_module(self.base_layer, num_nodes, self.name, whole=whole)
 
     def current(self) -> nn.Module:
         """The copy of the active adapter, or the backbone's module where no adapter is active.
@@ -189,7 +190,9 @@ class NodeBoundLayer(AdapterModule):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """Return the module to put back: the adapter's copy after merging, else the backbone's."""
-        chosen = self.copy_of(adapter_names or self.active_adapters) if merge else self.base_layer
+        if not merge:
+            return self.base_layer
+        chosen = self.copy_of(adapter_names or self.active_adapters)
         return cast(nn.Module, cast(Any, chosen).folded()) if hasattr(chosen, "folded") else chosen
 
     @property

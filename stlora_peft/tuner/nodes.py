@@ -73,7 +73,8 @@ class NodeTable(CityModule):
     .. math:: e_i + \nu \epsilon_i, \qquad \epsilon_i \sim \mathcal N(0, I),
 
     the same :math:`\epsilon_i` in all layers: what a node learns must then hold around its vector, too, and a few days
-    are learned less by heart. Otherwise it reads :math:`e_i` itself.
+    are learned less by heart. Otherwise it reads :math:`e_i` itself. A pass is a call of the
+    backbone as a module.
 
     Shapes:
         - **nall_emb[adapter]:** :math:`(N, d)`
@@ -105,9 +106,10 @@ class NodeTable(CityModule):
         table: Tensor = self.nall_emb[adapter_name]
         if not (self.training and self.emb_noise[adapter_name]):
             return table
-        if adapter_name not in self._drawn:
-            self._drawn[adapter_name] = self.emb_noise[adapter_name] * torch.randn_like(table)
-        return table + self._drawn[adapter_name]
+        noise = self._drawn.get(adapter_name)
+        if noise is None or noise.shape != table.shape:  # other nodes, in a layer that is called by itself
+            noise = self._drawn[adapter_name] = self.emb_noise[adapter_name] * torch.randn_like(table)
+        return table + noise
 
     def forget_noise(self) -> None:
         """Draw other noise when the vectors are read next."""

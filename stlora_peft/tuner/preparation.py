@@ -60,7 +60,7 @@ class PreparingTuner(BaseTuner):
             remember(layer, HostLayer(**described))
         self._resolve_targets(config)
         self._resolve_predictor(config)
-        config.resolve_sizes(num_base_parameters(self.model))
+        config.resolve(num_base_parameters(self.model))
         self._resolve_node_bound(config)
         self._check_targets(config)
         self._resolve_fingerprint(config, name)

@@ -17,9 +17,9 @@ def check_at_least_one(name: str, value: Any, optional: bool = False) -> None:
     )
 
 
-def check_probability(name: str, value: Any) -> None:
-    """Raise unless the value is at least 0 and below 1."""
-    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+def check_probability(name: str, value: Any, optional: bool = False) -> None:
+    """Raise unless the value is at least 0 and below 1, or None where that is allowed."""
+    if not (optional and value is None) and (not isinstance(value, (int, float)) or not 0 <= value < 1):
         raise ValueError(
             message(f"{name} is out of range", expected="a probability in [0, 1)", got=repr(value), fix="correct it")
         )

@@ -1,0 +1,68 @@
+"""The rows that the comparison of all methods keeps between runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "accuracy"
+
+
+@pytest.fixture(scope="module")
+def report() -> Any:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import report
+
+        return report
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def row(method: str, seed: int, mae: float, settings: str = "s", recipe: str = "r", **more: Any) -> dict[str, Any]:
+    return {"method": method, "days": 3.0, "seed": seed, "mae": mae, "settings": settings, "recipe": recipe, **more}
+
+
+def part(report: Any, *rows: dict[str, Any], days: float | None = 3.0) -> Any:
+    return report.Part("unlike", "lstm", days, list(rows))
+
+
+def maes(parts: list[Any]) -> list[list[float]]:
+    return [[each["mae"] for each in one.rows] for one in parts]
+
+
+def test_rows_are_kept_by_setting_and_found_again_part_by_part(report: Any, tmp_path: Path) -> None:
+    rows = [row("full", 0, 1.0, daily=[[7, 1.5, 3]]), row("full", 1, 2.0), row("st-lora", 0, 0.5) | {"days": None}]
+    kept = [{"backbone": "lstm", **each} for each in rows] + [{"backbone": "stgcn", **rows[0]}]
+    report._keep_rows(tmp_path / "rows" / "unlike.json", kept)
+    found = list(report.kept_parts(tmp_path))
+    assert [one.key for one in found] == [("unlike", "lstm", 3.0), ("unlike", "lstm", None), ("unlike", "stgcn", 3.0)]
+    assert found[0].rows == rows[:2]
+    assert report.committed_rows(tmp_path, "unlike", "lstm", None) == rows[2:]
+    assert report.committed_rows(tmp_path, "alike", "lstm", None) == []
+
+
+def test_a_run_of_one_part_leaves_the_others_as_they_were(report: Any) -> None:
+    other = part(report, row("full", 0, 9.0), days=None)
+    found = report.joined([part(report, row("full", 0, 1.0)), other], [part(report, row("st-lora", 0, 0.5))])
+    assert [one.days for one in found] == [3.0, None]
+    assert maes(found) == [[0.5, 1.0], [9.0]]
+
+
+@pytest.mark.parametrize(
+    ("measured", "left"),
+    [
+        (row("full", 0, 5.0), [5.0, 2.0, 3.0]),  # the same row again
+        (row("full", 2, 5.0), [5.0, 1.0, 2.0, 3.0]),  # another seed
+        (row("full", 2, 5.0, recipe="new"), [5.0, 3.0]),  # the method is another one now
+        (row("full", 2, 5.0, settings="new"), [5.0]),  # another backbone, city or budget
+    ],
+)
+def test_measured_rows_take_the_place_of_kept_ones_that_cannot_stand_beside_them(
+    report: Any, measured: dict[str, Any], left: list[float]
+) -> None:
+    kept = part(report, row("full", 0, 1.0), row("full", 1, 2.0), row("lora", 0, 3.0))
+    assert maes(report.joined([kept], [part(report, measured)])) == [left]
