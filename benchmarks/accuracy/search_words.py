@@ -258,7 +258,7 @@ def _noise(rows: Rows) -> Iterator[str]:
     yield paragraph(
         "Training reads a node's vector with noise, drawn anew for every pass and the same in all layers. Of all that "
         f"was tried it helped most: `{PRESENT}` against `{CLOCK}`, the default before it, which has dropout 0.1 and "
-        "no noise. Without either (`noise0`) a day is learned by heart. With one day given more noise would be as good "
+        "no noise. Without either (`noise0`) a day is learned by heart. With one day more noise would be as good "
         "or better, with three as good or worse; one number was taken for all. On the working days and weekends of "
         f"`unlike`, `lstm`, 3 days, the default before had {rows.kinds_of_days(UNLIKE3, CLOCK, backbone='lstm')}, the "
         f"present one has {rows.kinds_of_days(UNLIKE3, PRESENT, backbone='lstm')}."
