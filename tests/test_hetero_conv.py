@@ -63,7 +63,7 @@ def union(batch: int) -> dict[tuple[str, str, str], Tensor]:
 
 def adapted(*kinds: tuple[str, str, str], num_nodes: int = N, name: str = "default", **options: object) -> PeftModel:
     settings = {"num_nodes": num_nodes, "r": R, "lora_alpha": ALPHA, "emb_size": 3, "predictor": None}
-    settings |= {"conditioning": "gate", "lora_dropout": 0.0}
+    settings |= {"conditioning": "gate", "lora_dropout": 0.0, "emb_noise": 0.0}
     targets = [NAMES[kind] for kind in kinds]
     config = STLoraConfig(target_modules=targets, init_weights=False, **(settings | options))
     return randomised(get_peft_model(Net().double(), config, adapter_name=name).double())
