@@ -66,3 +66,13 @@ def test_measured_rows_take_the_place_of_kept_ones_that_cannot_stand_beside_them
 ) -> None:
     kept = part(report, row("full", 0, 1.0), row("full", 1, 2.0), row("lora", 0, 3.0))
     assert maes(report.joined([kept], [part(report, measured)])) == [left]
+
+
+def test_a_method_is_compared_with_the_best_rival_over_the_seeds_of_both(report: Any) -> None:
+    ours = [row("st-lora", seed, mae) for seed, mae in enumerate([1.0, 3.0, 50.0])]
+    full, lora = [row("full", 0, 4.0), row("full", 1, 4.0)], [row("lora", 1, 12.0)]
+    one = part(report, *ours, *full, *lora)
+    assert one.against(["full", "lora"]) == pytest.approx(2 / 4 - 1)
+    assert one.against(["lora"]) == pytest.approx(3 / 12 - 1)
+    assert one.against(["full", "head"]) is None
+    assert part(report, *ours, row("full", 0, 4.0) | {"mae": None}).against(["full"]) is None

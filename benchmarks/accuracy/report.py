@@ -73,17 +73,20 @@ class Part:
         """Setting, backbone and days in a line."""
         return f"{self.setting}, {self.backbone}, {days_name(self.days)}"
 
-    def mae(self, method: str, like: str = OURS) -> float | None:
-        """Mean over the seeds that another method has too, None where it is missing or not finite."""
-        seeds = {row["seed"] for row in self.rows if row["method"] == like}
-        found = [row["mae"] for row in self.rows if row["method"] == method and row["seed"] in seeds]
-        return statistics.fmean(found) if len(found) == len(seeds) > 0 and None not in found else None
+    def maes(self, method: str) -> dict[int, float]:
+        """MAE by seed, nothing where one is not finite."""
+        found = {row["seed"]: row["mae"] for row in self.rows if row["method"] == method}
+        return {} if None in found.values() else found
 
     def against(self, rivals: Sequence[str], method: str = OURS) -> float | None:
-        """MAE of a method relative to the best of some rivals, None where one of them is missing."""
-        ours, theirs = self.mae(method, method), [self.mae(rival, method) for rival in rivals]
-        known = [mae for mae in theirs if mae is not None]
-        return ours / min(known) - 1 if ours is not None and len(known) == len(theirs) else None
+        """MAE of a method relative to the best of some rivals, over the seeds of both; None where one is missing."""
+        ours, found = self.maes(method), []
+        for theirs in map(self.maes, rivals):
+            seeds = ours.keys() & theirs.keys()
+            if not seeds:
+                return None
+            found.append(statistics.fmean(ours[s] for s in seeds) / statistics.fmean(theirs[s] for s in seeds) - 1)
+        return max(found)
 
 
 def parts_of(runs: Path) -> Iterator[Part]:
@@ -221,8 +224,9 @@ def check_quick(runs: Path) -> None:
         SystemExit: With code 1 if it is not.
     """
     for part in parts_of(runs):
-        found = {method: part.mae(method) for method in dict.fromkeys(row["method"] for row in part.rows)}
-        print(f"{part.title}: " + ", ".join(f"{method} {mae:.4g}" for method, mae in found.items() if mae is not None))
+        found = {method: part.maes(method) for method in dict.fromkeys(row["method"] for row in part.rows)}
+        means = {method: statistics.fmean(maes.values()) for method, maes in found.items() if maes}
+        print(f"{part.title}: " + ", ".join(f"{method} {mae:.4g}" for method, mae in means.items()))
         behind = [m for m in found if m != OURS and (part.against([m]) is None or part.against([m]) >= 0)]
         if behind:
             print(f"st-lora is not ahead of {', '.join(behind)}", file=sys.stderr)
