@@ -42,18 +42,6 @@ class NodeBound(nn.Module):
                 new.num_embeddings = num_nodes
         return new
 
-    def adapted(self, num_nodes: int) -> NodeBound:
-        """Make what an adapter trains of the module: a whole copy, unless a subclass has something smaller.
-
-        Args:
-            num_nodes: Number of nodes of the adapter's city.
-        """
-        return self.resized(num_nodes)
-
-    def folded(self) -> NodeBound:
-        """What the module is once its adapter is merged into the backbone."""
-        return self
-
     def tensors_for(self, num_nodes: int) -> dict[str, Tensor]:
         """Values, for another number of nodes, of the parameters that are bound to it."""
         raise NotImplementedError

@@ -25,12 +25,12 @@ from stlora_peft.tuner.known_layers import layer_layout
 from stlora_peft.tuner.layers import STLoraLayer
 from stlora_peft.tuner.merging import check_mergeable
 from stlora_peft.tuner.node_bound import NodeBoundLayer, find_module, spec_of
-from stlora_peft.tuner.nodes import NodeTable, attach_table, detach_table
+from stlora_peft.tuner.nodes import TABLE_ATTRIBUTE, NodeTable, attach_table, begin_pass, detach
 from stlora_peft.tuner.predictor import (
     ATTRIBUTE,
     PredictorLayer,
     attach_predictor,
-    detach_predictor,
+    correct_forecast,
 )
 from stlora_peft.tuner.preparation import PreparingTuner, check_supported, layer_rank
 from stlora_peft.tuner.registration import PREFIX
@@ -252,8 +252,8 @@ class STLoraModel(PreparingTuner):
     ) -> Any:
         if merge:
             self._check_mergeable(adapter_names, safe_merge)
-        detach_predictor(self.model)
-        detach_table(self.model)
+        detach(self.model, ATTRIBUTE, correct_forecast)
+        detach(self.model, TABLE_ATTRIBUTE, begin_pass)
         unload = cast(Any, super())._unload_and_optionally_merge  # annotated to return nothing
         model = unload(merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
         if hasattr(model, "peft_config"):  # PEFT 0.18 leaves it there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -129,9 +130,11 @@ def attach_table(backbone: nn.Module) -> NodeTable:
     return cast(NodeTable, getattr(backbone, TABLE_ATTRIBUTE))
 
 
-def detach_table(backbone: nn.Module) -> None:
-    """Remove the node table and its hook, if the backbone has them."""
-    if hasattr(backbone, TABLE_ATTRIBUTE):
-        delattr(backbone, TABLE_ATTRIBUTE)
-        for key in [key for key, hook in backbone._forward_pre_hooks.items() if hook is begin_pass]:
-            del backbone._forward_pre_hooks[key]
+def detach(backbone: nn.Module, attribute: str, hook: Callable[..., Any]) -> None:
+    """Remove a child of the backbone that has what an adapter has once, and its hook, if they are there."""
+    if hasattr(backbone, attribute):
+        delattr(backbone, attribute)
+        for hooks in (backbone._forward_pre_hooks, backbone._forward_hooks):
+            for key in [key for key, known in hooks.items() if known is hook]:
+                del hooks[key]
+                backbone._forward_hooks_with_kwargs.pop(key, None)

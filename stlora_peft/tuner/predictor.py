@@ -211,15 +211,6 @@ def attach_predictor(backbone: nn.Module) -> PredictorLayer:
     return cast(PredictorLayer, getattr(backbone, ATTRIBUTE))
 
 
-def detach_predictor(backbone: nn.Module) -> None:
-    """Remove the predictor layer and its hook, if the backbone has them."""
-    if hasattr(backbone, ATTRIBUTE):
-        delattr(backbone, ATTRIBUTE)
-        for key in [key for key, hook in backbone._forward_hooks.items() if hook is correct_forecast]:
-            del backbone._forward_hooks[key]
-            backbone._forward_hooks_with_kwargs.pop(key, None)
-
-
 def _check_sizes(predictor: NodePredictor, window: Tensor, forecast: Tensor, adapter_name: str) -> None:
     expected: dict[str, int | None]
     for what, tensor, layout, expected in (
