@@ -10,7 +10,7 @@ from toys import raised
 from stlora_peft.backbones import Forecaster, build_backbone
 from stlora_peft.data import CityData
 from stlora_peft.evaluation import evaluate
-from stlora_peft.methods import METHODS, build_adapter, find_methods
+from stlora_peft.methods import METHODS, Candidate, build_adapter, find_methods
 from stlora_peft.tuner.spec import BackboneSpec
 
 BUILT = [name for name, method in METHODS.items() if method.build is not None]
@@ -204,12 +204,36 @@ def test_predictor_alone_trains_nothing_inside_the_backbone_but_what_is_bound_to
     assert torch.equal(found, expected)
 
 
-def test_frugal_adapter_is_a_narrow_predictor_alone(data: CityData) -> None:
+def test_frugal_adapter_has_rank_one_and_a_narrow_predictor(data: CityData) -> None:
     model = METHODS["st-lora-frugal"].build(make("lstm"), data).model
-    assert {name.split(".")[2] for name in trainable(model)} == {"stlora_predictor", "stlora_nodes"}
+    assert {name.split(".")[2] for name in trainable(model)} == {"lstm", "head", "stlora_predictor", "stlora_nodes"}
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    hidden, out = (16 * width + width + 16 + 2 * 16 + width * 2 + 2 * 2 * 4 for width in (16, 12))
-    assert count == (12 + 2 + 12 + 1) * 16 + hidden + out + 4 * 5 < 1_500 + 4 * 5
+    layers = (4 + 4) + (4 + 12) + 2 * 2 * 8  # the LSTM's state, the head, and two maps of the node vectors in each
+    hidden, out = (16 * width + width + 16 + 2 * 16 + width * 2 + 2 * 2 * 8 for width in (16, 12))
+    assert count == layers + (12 + 2 + 12 + 1) * 16 + hidden + out + 8 * 5
+
+
+@pytest.mark.parametrize(("name", "layer"), [("gwnet", "skip_conv"), ("d2stgnn", "forecast")])
+def test_frugal_adapter_of_a_large_backbone_is_a_hundredth_of_it(data: CityData, name: str, layer: str) -> None:
+    backbone = build_backbone(name, num_nodes=9, in_channels=3)
+    candidate = METHODS["st-lora-frugal"].build(backbone, data)
+    names = trainable(candidate.model) - {"base_model.model.stlora_nodes.nall_emb.default"}
+    assert names
+    assert all(layer in name for name in names)
+    count = sum(parameter.numel() for parameter in candidate.model.parameters() if parameter.requires_grad)
+    assert count < 0.01 * sum(parameter.numel() for parameter in backbone.parameters())
+    assert "freeze_node_bound=True" in candidate.implementation
+
+
+def test_recipe_counts_a_later_setting_only_where_it_is_changed(data: CityData) -> None:
+    adapters = [build_adapter(make("stgcn"), data, freeze_node_bound=frozen) for frozen in (False, False, True)]
+    for adapter in adapters:
+        adapter.requires_grad_(False)  # what is trained counts too
+    later = adapters[1].peft_config["default"]
+    to_dict = later.to_dict
+    later.to_dict = lambda: {k: v for k, v in to_dict().items() if k != "freeze_node_bound"}  # as it was before
+    first, before, frozen = (Candidate(adapter, "adapter").recipe for adapter in adapters)
+    assert first == before != frozen
 
 
 def test_every_form_of_st_lora_is_a_method_with_and_without_the_predictor(data: CityData) -> None:

@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 from node_bound_toys import Normalised, city_batches, city_model, used
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from toys import Holder, assert_same, call, graph, raised, small_backbone
 
@@ -217,6 +217,34 @@ def test_training_moves_the_copys_statistics_and_no_others():
     moved = {name for name, value in model.named_buffers() if not torch.equal(value, before[name])}
     copies = "base_model.model.norm.nall_node_bound.default."
     assert moved == {copies + name for name in ("running_mean", "running_var", "num_batches_tracked")}
+
+
+def test_frozen_copy_is_not_trained_whatever_is_switched(tmp_path):
+    torch.manual_seed(0)
+    backbone = Normalised(5)
+    torch.manual_seed(0)  # the same weights again
+    model = city_model(7, freeze_node_bound=True)
+    second = {"target_modules": ["lin"], "predictor": None, "node_bound": ["norm"]}
+    model.add_adapter("second", STLoraConfig(num_nodes=9, **second))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(backbone, tmp_path, is_trainable=True)
+    for switched in (model, loaded):
+        for name in ("second", "default") if switched is model else ("default",):
+            switched.set_adapter(name)
+            assert _trained_copies(switched) == ({"second"} if name == "second" else set())
+        switched.set_requires_grad(["default"], True)
+        assert not _trained_copies(switched)
+    weight = loaded.base_model.model.norm.current().weight.clone()
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=1.0)
+    loaded.train()(city_batches()[0]["x"]).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(loaded.base_model.model.norm.current().weight, weight)
+    assert loaded.base_model.model.norm.current().num_batches_tracked == 8  # statistics are no parameters
+
+
+def _trained_copies(model: PeftModel) -> set[str]:
+    named = [name.split("nall_node_bound.") for name, p in model.named_parameters() if p.requires_grad]
+    return {parts[1].split(".")[0] for parts in named if len(parts) > 1}
 
 
 def test_table_that_is_read_without_a_call_is_the_active_citys():

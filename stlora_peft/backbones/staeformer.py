@@ -175,6 +175,7 @@ class STAEformer(NodeBoundForecaster):
         target_modules=(*_LAYERS, "head"),
         node_layout={**dict.fromkeys(_LAYERS, "b t n c"), "head": "b n c"},
         node_bound=("adaptive_embedding",),
+        frugal=("attention.query", "attention.value"),
         head=("head",),
     )
 

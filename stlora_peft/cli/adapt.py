@@ -94,7 +94,8 @@ class Adapter:
         bool,
         typer.Option(
             "--frugal",
-            help="A narrow predictor alone: about 1,500 numbers and 4 for each node. Rank and predictor are its own.",
+            help="A small adapter: updates of rank 1, a narrow predictor, 8 numbers for each node. On a backbone of "
+            "250,000 parameters or more at most a hundredth of it. Rank, alpha and predictor are its own.",
             rich_help_panel=_ADAPTER,
         ),
     ] = False
@@ -122,12 +123,10 @@ class Adapter:
     @property
     def settings(self) -> dict[str, Any]:
         """Arguments of the adapter's configuration, but for the form where it is to be chosen."""
-        from stlora_peft.methods import FRUGAL
-
         settings: dict[str, Any] = {"r": self.rank, "lora_alpha": self.alpha}
         settings |= {} if self.conditioning == "auto" else {"conditioning": self.conditioning}
         settings |= {} if self.predictor else {"predictor": None}
-        return settings | (FRUGAL if self.frugal else {})
+        return settings
 
     def build(
         self, backbone: nn.Module, data: CityData, seed: int, parts: Parts, choice: Choice | None = None
@@ -135,11 +134,12 @@ class Adapter:
         """Put an untrained adapter on a copy of the backbone."""
         import torch
 
-        from stlora_peft.methods import build_adapter
+        from stlora_peft.methods import build_adapter, frugal
 
         torch.manual_seed(seed)
         chosen = {} if choice is None else choice.settings
-        return build_adapter(backbone, data, parts=parts.of(data), **{**self.settings, **chosen})
+        small = frugal(backbone) if self.frugal else {}
+        return build_adapter(backbone, data, parts=parts.of(data), **{**self.settings, **small, **chosen})
 
 
 def adapt(

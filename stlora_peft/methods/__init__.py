@@ -10,20 +10,19 @@ from stlora_peft.methods import trained
 from stlora_peft.methods.candidates import (
     DEFAULT_FORM,
     FORMS,
-    FRUGAL,
     Build,
     Candidate,
     Method,
     build_adapter,
     calibrated,
     forward_batches,
+    frugal,
 )
 from stlora_peft.tuner.conditioning import CONDITIONINGS
 
 __all__ = [
     "DEFAULT_FORM",
     "FORMS",
-    "FRUGAL",
     "METHODS",
     "Build",
     "Candidate",
@@ -32,6 +31,7 @@ __all__ = [
     "calibrated",
     "find_methods",
     "forward_batches",
+    "frugal",
 ]
 
 NODE_VECTORS = {
@@ -77,7 +77,7 @@ for form in (form for form in CONDITIONINGS if form != "shared"):
     METHODS[f"st-lora-{form}-layers"] = Method(
         "the same without the predictor", trained.adapter(conditioning=form, predictor=None)
     )
-METHODS["st-lora-frugal"] = Method("a narrow predictor alone", trained.adapter(**FRUGAL))
+METHODS["st-lora-frugal"] = Method("a small adapter: rank 1, few numbers for each node", trained.frugal_adapter)
 METHODS["st-lora-auto"] = Method("st-lora in the form that is best on held-out days", trained.auto, chooses=True)
 METHODS["st-lora-predictor"] = Method("the node-specific predictor alone", trained.adapter(target_modules=[]))
 

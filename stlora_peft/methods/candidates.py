@@ -19,18 +19,30 @@ from stlora_peft.errors import message
 from stlora_peft.evaluation import window_batches
 from stlora_peft.sampling import SubGraph, reestimate_parts
 from stlora_peft.tuner.calibration import calibrate
-from stlora_peft.tuner.config import STLoraConfig
+from stlora_peft.tuner.config import LARGE, STLoraConfig
+from stlora_peft.tuner.identity import num_base_parameters
 from stlora_peft.tuner.node_bound import rebuild
 from stlora_peft.tuner.reestimation import reestimate
 from stlora_peft.tuner.spec import BackboneSpec
 
 FRUGAL: dict[str, Any] = {
-    "target_modules": [],
-    "r": 2,
-    "emb_size": 4,
-    "predictor": {"width": 16, "num_layers": 1, "input_layout": "b t n c", "output_layout": "b t n c"},
+    "r": 1,
+    "lora_alpha": 8,
+    "emb_size": 8,
+    "predictor": {"width": 16, "num_layers": 1, "r": 2},
 }
-"""Settings of a small adapter: a narrow predictor alone, about 1,500 numbers and 4 for each node."""
+"""Settings of a small adapter: updates of rank 1, a narrow predictor, and 8 numbers for each node."""
+LARGE_FRUGAL: dict[str, Any] = {
+    "r": 1,
+    "lora_alpha": 16,
+    "emb_size": 4,
+    "predictor": None,
+    "freeze_node_bound": True,
+}
+"""The same where it has to be at most a hundredth of a large backbone: updates of rank 1 in the layers that the
+backbone names for it, and 4 numbers for each node."""
+LATER: dict[str, Any] = {"freeze_node_bound": False}
+"""Settings that came after rows had been measured, with what they are in those rows."""
 FORMS: dict[str, dict[str, Any]] = {
     "embedding": {},
     "predictor": {"target_modules": []},
@@ -60,7 +72,8 @@ class Candidate:
         """Hash of what the method trains and of its adapter's configuration: rows of one method must share it."""
         trained = {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
         adapters = getattr(self.model, "peft_config", {})
-        content = [self.implementation, trained, {name: config.to_dict() for name, config in adapters.items()}]
+        configs = {name: _changed(config.to_dict()) for name, config in adapters.items()}
+        content = [self.implementation, trained, configs]
         text = json.dumps(
             content, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
         )
@@ -89,6 +102,31 @@ class Method:
     trained: bool = True
     baseline: type[Baseline] | None = None
     chooses: bool = False
+
+
+def _changed(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in LATER or value != LATER[name]}
+
+
+def frugal(backbone: nn.Module) -> dict[str, Any]:
+    """Settings of a small adapter for a backbone.
+
+    Args:
+        backbone: The backbone.
+
+    Returns:
+        ``FRUGAL``, or for 250,000 parameters and more ``LARGE_FRUGAL`` with the layers that the backbone names for it.
+
+    Example:
+        >>> from stlora_peft.backbones import build_backbone
+        >>> frugal(build_backbone("lstm", in_channels=3)) == FRUGAL
+        True
+    """
+    if num_base_parameters(backbone) < LARGE:
+        return dict(FRUGAL)
+    spec = getattr(backbone, "stlora_spec", None)
+    layers = spec.frugal if isinstance(spec, BackboneSpec) else ()
+    return {**LARGE_FRUGAL, "target_modules": list(layers) or None}
 
 
 def build_adapter(

@@ -12,7 +12,16 @@ from stlora_peft.backbones import Forecaster, build_backbone
 from stlora_peft.data import CityData
 from stlora_peft.errors import message
 from stlora_peft.methods import node_inputs as at_input
-from stlora_peft.methods.candidates import FORMS, Build, Candidate, backbone_spec, build_adapter, calibrated, rebuilt
+from stlora_peft.methods.candidates import (
+    FORMS,
+    Build,
+    Candidate,
+    backbone_spec,
+    build_adapter,
+    calibrated,
+    frugal,
+    rebuilt,
+)
 from stlora_peft.methods.node_inputs import NodeInputs
 from stlora_peft.methods.peft_layers import LORA, dora_model, low_rank_refusal, peft_targets
 from stlora_peft.tuner.node_bound import rebuild
@@ -149,6 +158,11 @@ def adapter(**settings: Any) -> Build:
         return Candidate(build_adapter(backbone, data, **settings), f"STLoraConfig({words or 'num_nodes=N'})")
 
     return build
+
+
+def frugal_adapter(backbone: nn.Module, data: CityData) -> Candidate:
+    """Train a small ST-LoRA adapter."""
+    return adapter(**frugal(backbone))(backbone, data)
 
 
 def auto(backbone: nn.Module, data: CityData) -> Candidate:

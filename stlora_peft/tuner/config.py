@@ -110,6 +110,8 @@ class STLoraConfig(PeftConfig):
         node_layout: Layer name to the axis pattern of its input, e.g. ``{"lstm": "(b n) t c"}``. What is not said is
             taken from the backbone, from a table of known layers, or read off the first input.
         node_bound: Names of modules whose tensors have one entry for each node. None takes the backbone's own.
+        freeze_node_bound: Leave what is learned in node-bound modules as it is made for a new city. Otherwise an
+            adapter trains a copy. Running statistics are re-estimated either way.
         freeze_backbone: Train the adapter alone. Otherwise the backbone trains too and must be saved beside it.
         init_weights: Start without effect. False starts from random factors, for tests.
         node_ids: Names of the nodes in the order of the adapter's rows.
@@ -151,6 +153,7 @@ class STLoraConfig(PeftConfig):
     predictor: PredictorConfig | dict[str, Any] | str | None = "auto"
     node_layout: dict[str, str] = field(default_factory=dict)
     node_bound: list[str] | None = None
+    freeze_node_bound: bool = False
     freeze_backbone: bool = True
     init_weights: bool = True
     node_ids: list[str] | None = None

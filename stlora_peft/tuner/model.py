@@ -107,7 +107,8 @@ class STLoraModel(PreparingTuner):
                 wrapper = NodeBoundLayer(module, name)
                 self._replace_module(model.get_submodule(parent), child, wrapper, module)
                 module = wrapper
-            module.update_layer(adapter_name, config.num_nodes or 0, whole=not config.freeze_backbone)
+            whole, frozen = not config.freeze_backbone, config.freeze_node_bound
+            module.update_layer(adapter_name, config.num_nodes or 0, whole=whole, frozen=frozen)
 
     def _create_and_replace(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -118,10 +118,26 @@ class NodeBoundLayer(AdapterModule):
         self.name = name
         self.in_features = self.out_features = bound_size(base_layer, name)
         self.nall_node_bound = nn.ModuleDict()
+        self.frozen: set[str] = set()
 
-    def update_layer(self, adapter_name: str, num_nodes: int, *, whole: bool = False) -> None:
-        """Add an adapter's copy."""
+    def update_layer(self, adapter_name: str, num_nodes: int, *, whole: bool = False, frozen: bool = False) -> None:
+        """Add an adapter's copy, to be trained unless it is frozen."""
         self.nall_node_bound[adapter_name] = adapted_module(self.base_layer, num_nodes, self.name, whole=whole)
+        (self.frozen.add if frozen else self.frozen.discard)(adapter_name)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters, as PEFT's method of this name does; a frozen copy stays so."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._keep_frozen()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Switch the training of adapters, as PEFT's method of this name does; a frozen copy stays so."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._keep_frozen()
+
+    def _keep_frozen(self) -> None:
+        for name in self.frozen & set(self.nall_node_bound):
+            self.nall_node_bound[name].requires_grad_(False)
 
     def current(self) -> nn.Module:
         """The copy of the active adapter, or the backbone's module where no adapter is active.

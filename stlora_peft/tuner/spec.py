@@ -18,6 +18,7 @@ class BackboneSpec:
         node_bound: Names of the modules whose tensors have one entry for each node.
         final_state: Full names of recurrent layers of which only the final hidden state is read: an adapter updates no
             other step, and the layer returns None in the place of its outputs.
+        frugal: Names of the layers that a frugal adapter adapts, where all would be too much; empty means all.
         head: Names of the layers that make the forecast from the last hidden state.
         input_layout: Axis pattern of the first argument of ``forward``.
         output_layout: Axis pattern of the forecast.
@@ -31,6 +32,7 @@ class BackboneSpec:
     node_layout: Mapping[str, str] = field(default_factory=dict)
     node_bound: tuple[str, ...] = ()
     final_state: tuple[str, ...] = ()
+    frugal: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
     input_layout: str = "b t n c"
     output_layout: str = "b t n c"

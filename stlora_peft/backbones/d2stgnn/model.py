@@ -125,6 +125,7 @@ class D2STGNN(NodeBoundForecaster):
         target_modules=tuple(_LAYOUTS),
         node_layout=_LAYOUTS,
         node_bound=("source_vectors", "target_vectors"),
+        frugal=("diffusion.forecast", "inherent.forecast"),
         head=("regression_1", "regression_2"),
     )
 
