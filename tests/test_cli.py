@@ -22,7 +22,7 @@ from stlora_peft.cli.files import read_list
 from stlora_peft.cli.options import Reading, Training
 from stlora_peft.data import City, load_city
 from stlora_peft.evaluation import evaluate
-from stlora_peft.methods import METHODS
+from stlora_peft.methods import METHODS, frugal
 from stlora_peft.storage import load_adapter, load_backbone
 from stlora_peft.training import TrainingOptions
 from stlora_peft.tuner.conditioning import CONDITIONINGS
@@ -315,6 +315,16 @@ def test_adapt_says_what_was_trained_and_what_it_weighs(work: Path, tmp_path: Pa
     assert found["refit"]["history"][-1]["train_mae"] > 0
     assert found["refit"]["best_val_mae"] is None
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_adapt_frugal_has_the_settings_of_a_small_adapter(work: Path, tmp_path: Path) -> None:
+    words = ["adapt", work / "away.npz", "--base", work / "base", "--days", 8, *BRIEF, "--frugal"]
+    found = answer(*words, "--out", tmp_path / "small", "--rank", 4)
+    config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
+    expected = frugal(load_backbone(work / "base").backbone)
+    assert {name: config[name] for name in ("r", "lora_alpha", "emb_size")} == {"r": 1, "lora_alpha": 8, "emb_size": 8}
+    assert {name: config["predictor"][name] for name in expected["predictor"]} == expected["predictor"]
+    assert found["trainable_parameters"] < answer(*words[:-1], "--out", tmp_path / "usual")["trainable_parameters"] / 5
 
 
 def test_adapt_and_evaluate_part_by_part(work: Path, tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ class Adapter:
         typer.Option(
             "--frugal",
             help="A small adapter: updates of rank 1, a narrow predictor, 8 numbers for each node. On a backbone of "
-            "250,000 parameters or more at most a hundredth of it. Rank, alpha and predictor are its own.",
+            "250,000 parameters or more about a hundredth of it: only in the layers that the backbone names for this, "
+            "4 numbers for each node, no predictor. Rank, alpha and predictor are its own.",
             rich_help_panel=_ADAPTER,
         ),
     ] = False
