@@ -319,12 +319,22 @@ def test_adapt_says_what_was_trained_and_what_it_weighs(work: Path, tmp_path: Pa
 
 def test_adapt_frugal_has_the_settings_of_a_small_adapter(work: Path, tmp_path: Path) -> None:
     words = ["adapt", work / "away.npz", "--base", work / "base", "--days", 8, *BRIEF, "--frugal"]
-    found = answer(*words, "--out", tmp_path / "small", "--rank", 4)
+    found = answer(*words, "--out", tmp_path / "small")
     config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
     expected = frugal(load_backbone(work / "base").backbone)
     assert {name: config[name] for name in ("r", "lora_alpha", "emb_size")} == {"r": 1, "lora_alpha": 8, "emb_size": 8}
     assert {name: config["predictor"][name] for name in expected["predictor"]} == expected["predictor"]
     assert found["trainable_parameters"] < answer(*words[:-1], "--out", tmp_path / "usual")["trainable_parameters"] / 5
+
+
+def test_adapt_frugal_with_what_it_decides_itself_is_refused(work: Path, tmp_path: Path) -> None:
+    words = ["adapt", work / "away.npz", "--base", work / "base", "--out", tmp_path / "small", "--frugal"]
+    assert mistake(*words, "--rank", 4, "--alpha", 8, "--no-predictor") == [
+        "Error: --frugal has a rank, an alpha and a predictor of its own.",
+        "  expected: --frugal alone",
+        "  got:      --frugal with --rank, --alpha, --no-predictor",
+        "  to fix:   leave out --frugal, or --rank, --alpha, --no-predictor",
+    ]
 
 
 def test_adapt_and_evaluate_part_by_part(work: Path, tmp_path: Path) -> None:

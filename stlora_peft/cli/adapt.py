@@ -102,13 +102,14 @@ class Adapter:
     ] = False
 
     def check(self, no_training: bool) -> None:
-        """Refuse to choose where there is nothing to choose from, or nothing to choose by.
+        """Refuse options that leave each other nothing to say.
 
         Args:
             no_training: Nothing is to be trained.
 
         Raises:
-            ValueError: If the form is to be chosen with ``--frugal`` or without training.
+            ValueError: If the form is to be chosen with ``--frugal`` or without training, or if something is said that
+                ``--frugal`` decides.
         """
         other = "--no-training" if no_training else "--frugal"
         if self.conditioning == "auto" and (no_training or self.frugal):
@@ -118,6 +119,21 @@ class Adapter:
                     expected="one of the two options",
                     got=f"--conditioning auto {other}",
                     fix=f"leave out {other}, or --conditioning",
+                )
+            )
+        said = {
+            "--rank": self.rank is not None,
+            "--alpha": self.alpha is not None,
+            "--no-predictor": not self.predictor,
+        }
+        decided = ", ".join(name for name, is_said in said.items() if is_said)
+        if self.frugal and decided:
+            raise ValueError(
+                message(
+                    "--frugal has a rank, an alpha and a predictor of its own",
+                    expected="--frugal alone",
+                    got=f"--frugal with {decided}",
+                    fix=f"leave out --frugal, or {decided}",
                 )
             )
 
