@@ -26,7 +26,8 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 import torch  # noqa: E402 - the folders above come first
 from cities import SETTINGS  # noqa: E402
 from run import PRETRAINING, ROOT, chosen_settings, pretrained  # noqa: E402
-from search_arms import ARMS, Arm, fit  # noqa: E402
+from search_arms import ARMS, Arm  # noqa: E402
+from search_fit import fit  # noqa: E402
 from search_report import write_page  # noqa: E402
 
 from stlora_peft.data import City, CityData, adaptation_split, prepare  # noqa: E402

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from history import Calibrated, WindowCalibrated, from_source, with_history
-from torch import Tensor, nn
+from torch import nn
 
 from stlora_peft.data import City, CityData
-from stlora_peft.evaluation import evaluate
 from stlora_peft.methods import METHODS, build_adapter, calibrated
-from stlora_peft.metrics import masked_mae
-from stlora_peft.significance import DailyErrors
 from stlora_peft.storage import SavedBackbone
 from stlora_peft.tuner.config import PredictorConfig
-
-BATCH, LONGEST_GRADIENT, DECAY = 32, 5.0, 0.98
+from stlora_peft.tuner.layers import STLoraLayer
 
 Build = Callable[[SavedBackbone, CityData, City], nn.Module]
 """Makes a model of a backbone, the target's data and the source."""
@@ -58,35 +54,50 @@ def settings(
     alpha: float = 16,
     dropout: float = 0.1,
     width: int | None = 64,
+    depth: int = 2,
+    predictor_rank: int | None = None,
     predictor_dropout: float | None = None,
     emb_size: int = 16,
     emb_noise: float = 0.0,
     history_channels: int | None = ALL,
     frozen: bool = True,
-    layers: bool = True,
+    layers: bool | str = True,
+    node_bound: bool = True,
 ) -> dict[str, Any]:
     """Arguments of :class:`stlora_peft.STLoraConfig`, none left to its defaults.
 
     Args:
         conditioning: How a node takes part.
-        rank: Rank, of the layers and of the predictor.
+        rank: Rank of the layers.
         alpha: Numerator of the scale.
         dropout: Dropout in the layers.
         width: Width of the predictor; None leaves it out.
+        depth: Layers of the predictor.
+        predictor_rank: Its rank; None takes that of the layers.
         predictor_dropout: Dropout in the predictor; None takes that of the layers.
         emb_size: Width of the node vectors.
         emb_noise: Deviation of the noise on them.
         history_channels: Channels that the predictor reads at every step; None takes the readings alone.
         frozen: Whether the backbone is frozen.
-        layers: Adapt the layers that the backbone names; otherwise there is only the predictor.
+        layers: Adapt the layers that the backbone names, or those of an expression; False is the predictor alone.
+        node_bound: Train what is bound to the nodes.
 
     Example:
         >>> settings(width=None)["predictor"] is None
         True
     """
     dropouts = dropout if predictor_dropout is None else predictor_dropout
-    sizes = {"width": width, "num_layers": 2, "r": rank, "dropout": dropouts, "history_channels": history_channels}
-    predictor = None if width is None else PredictorConfig(**sizes)
+    predictor = (
+        None
+        if width is None
+        else PredictorConfig(
+            width=width,
+            num_layers=depth,
+            r=predictor_rank or rank,
+            dropout=dropouts,
+            history_channels=history_channels,
+        )
+    )
     return {
         "conditioning": conditioning,
         "r": rank,
@@ -97,7 +108,8 @@ def settings(
         "emb_noise": emb_noise,
         "predictor": predictor,
         "freeze_backbone": frozen,
-        "target_modules": None if layers else [],
+        "freeze_node_bound": not node_bound,
+        "target_modules": layers if isinstance(layers, str) else None if layers else [],
     }
 
 
@@ -142,8 +154,48 @@ def _calibrated(build: Build, ridge: float | None = 0.01) -> Build:
     return lambda *city: Calibrated(build(*city), city[1], ridge)
 
 
+def _half(rank: int, **changes: Any) -> Build:
+    """Take an adapter of whose two matrices only the smaller is trained, the other being singular vectors."""
+
+    def build(saved: SavedBackbone, data: CityData, source: City) -> nn.Module:
+        model = build_adapter(saved.backbone, data, **settings(rank=rank, **changes))
+        for layer in _plain_layers(model):
+            left, _, right = torch.linalg.svd(layer.base_layer.weight.detach().flatten(1), full_matrices=False)
+            a, b = layer.nall_A["default"], layer.nall_B["default"]
+            kept, values = (a, right[:rank]) if a.numel() > b.numel() else (b, left[:, :rank])
+            with torch.no_grad():
+                a.zero_(), b.zero_()
+                kept.copy_(values.reshape(kept.shape)).requires_grad_(False)
+        return model
+
+    return build
+
+
+def _tied(**changes: Any) -> Build:
+    """Take an adapter in which repeated layers share their matrices, each with maps of the node vectors of its own."""
+
+    def build(saved: SavedBackbone, data: CityData, source: City) -> nn.Module:
+        model = build_adapter(saved.backbone, data, **settings(**changes))
+        first: dict[tuple[Any, ...], nn.Module] = {}
+        for layer in _plain_layers(model):
+            kind = re.sub(r"\d+", "*", layer.name), tuple(layer.base_layer.weight.shape)
+            like = first.setdefault(kind, layer)
+            layer.nall_A["default"], layer.nall_B["default"] = like.nall_A["default"], like.nall_B["default"]
+        return model
+
+    return build
+
+
+def _plain_layers(model: nn.Module) -> list[Any]:
+    found = [module for module in model.modules() if isinstance(module, STLoraLayer) and "default" in module.nall_A]
+    return [layer for layer in found if isinstance(layer.base_layer, (nn.Conv2d, nn.Linear))]
+
+
 ZERO, WIDE = {"dropout": 0.0}, {"rank": 32, "alpha": 32, "dropout": 0.0}
 LAST, NOISE = {"history_channels": None}, {"history_channels": None, "dropout": 0.0, "emb_noise": 0.8}
+NARROW = {"width": 16, "depth": 1, "predictor_rank": 2}
+SMALL = {**NOISE, **NARROW, "rank": 1, "alpha": 8, "emb_size": 8}
+TINY = {**NOISE, "width": None, "rank": 1, "alpha": 16, "emb_size": 4, "node_bound": False}
 
 ARMS: dict[str, Arm] = {
     "full": Arm("every parameter of the backbone", _method("full")),
@@ -162,6 +214,36 @@ ARMS: dict[str, Arm] = {
     "noise1.2": Arm("the default with noise of 1.2", _adapter(**NOISE | {"emb_noise": 1.2})),
     "noise0": Arm("the default without noise", _adapter(**NOISE | {"emb_noise": 0.0})),
     "noise-predictor": Arm("the default's predictor alone", _adapter(**NOISE, layers=False)),
+    "frugal": Arm(
+        "**the present frugal adapter**: rank 1, alpha 8, vectors of 8, a predictor of one layer of 16",
+        _adapter(**SMALL),
+    ),
+    "frugal-vectors4": Arm("the same, vectors of 4", _adapter(**SMALL | {"emb_size": 4})),
+    "frugal-noise0.4": Arm("`frugal` with noise of 0.4", _adapter(**SMALL | {"emb_noise": 0.4})),
+    "frugal-nopredictor": Arm("`frugal` without the predictor", _adapter(**SMALL | {"width": None})),
+    "frugal-predictor": Arm(
+        "its predictor alone, vectors of 4: the frugal adapter before",
+        _adapter(**SMALL | {"rank": 2, "alpha": 4, "emb_size": 4}, layers=False),
+    ),
+    "tiny": Arm(
+        "**the present frugal adapter of `gwnet`**: rank 1, alpha 16, vectors of 4, skip layers alone, no predictor, "
+        "what is bound to nodes is not trained",
+        _adapter(**TINY, layers=".*skip_conv"),
+    ),
+    "tiny-alpha32": Arm("`tiny` with alpha 32", _adapter(**TINY | {"alpha": 32}, layers=".*skip_conv")),
+    "tiny-node-bound": Arm(
+        "`tiny`, what is bound to nodes too", _adapter(**TINY | {"node_bound": True}, layers=".*skip_conv")
+    ),
+    "tiny-predictor": Arm(
+        "`tiny`, and a predictor of width 8", _adapter(**TINY | NARROW | {"width": 8}, layers=".*skip_conv")
+    ),
+    "tiny-gates": Arm("`tiny`, in the gated convolutions", _adapter(**TINY, layers=".*(filter|gate)_conv")),
+    "tiny-graphs": Arm("`tiny`, in the graph convolutions", _adapter(**TINY, layers=".*mix")),
+    "tiny-ends": Arm("`tiny`, in the first layer and the last two", _adapter(**TINY, layers="(start|end)_conv.*")),
+    "tiny-all": Arm("`tiny`, in all layers", _adapter(**TINY)),
+    "tiny-half": Arm("`tiny-all`, the larger matrix of each update fixed at a singular vector", _half(**TINY)),
+    "tiny-half-rank2": Arm("the same of rank 2, alpha 16", _half(**TINY | {"rank": 2})),
+    "tiny-tied": Arm("`tiny-all`, repeated layers share their matrices", _tied(**TINY)),
     "gate": Arm("gates in place of vectors", _adapter("gate")),
     "gate-dropout0": Arm("gates, no dropout: the default before", _adapter("gate", **ZERO)),
     "gate-dropout0-width16": Arm("the same, predictor of width 16", _adapter("gate", width=16, **ZERO)),
@@ -201,100 +283,3 @@ ARMS: dict[str, Arm] = {
     "window-node": Arm("the same, for each node", _window(0.03), trained=False),
 }
 """Arms by name. What is not said is that of ``embedding``."""
-
-
-def fit(
-    model: nn.Module,
-    data: CityData,
-    steps: Sequence[int],
-    rate: float,
-    seed: int,
-    *,
-    node_rate: float = 1.0,
-    weight_decay: float = 0.0,
-) -> dict[int, DailyErrors]:
-    """Train a model in place and measure the average of its steps on the way, which changes nothing in what follows.
-
-    Args:
-        model: The model; what requires gradients is trained.
-        data: The city; ``train`` trains, ``test`` is what is measured.
-        steps: Numbers of steps after which it is measured.
-        rate: Learning rate of AdamW.
-        seed: Seed of the order of the windows.
-        node_rate: Learning rate of the node vectors relative to it.
-        weight_decay: Decoupled weight decay of the matrices.
-
-    Returns:
-        Errors of every day, by number of steps.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(_groups(model, rate, node_rate, weight_decay), lr=rate)
-    live = parameters + [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    average = [tensor.detach().clone() for tensor in live]
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    frozen = [norm for norm in norms if norm.weight is not None and not norm.weight.requires_grad]
-    batches = _batches(len(data.train), seed)
-    found: dict[int, DailyErrors] = {}
-    for step in range(1, max(steps) + 1):
-        model.train()
-        for norm in frozen:
-            norm.eval()
-        batch = data.train.__getitems__(next(batches))
-        forecast = data.scaler.inverse(model(batch["x"], data.edge_index, data.edge_weight))
-        loss = masked_mae(forecast, batch["y"])
-        if torch.isfinite(loss):
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, LONGEST_GRADIENT)
-            optimizer.step()
-        _take_in(average, live, min(DECAY, (1 + step) / (10 + step)))
-        if step in steps:
-            with _swapped(live, average):
-                found[step] = DailyErrors(data.test, data.city.steps_per_day)
-                evaluate(model, data.test, data, daily=found[step])
-    return found
-
-
-def _batches(count: int, seed: int) -> Iterator[list[int]]:
-    """Whole batches of every pass over the windows, in random order; what remains of a pass is left out."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(count, generator=generator).tolist()
-        for start in range(0, max(count - BATCH + 1, 1), BATCH):
-            yield order[start : start + BATCH]
-
-
-def _groups(model: nn.Module, rate: float, node_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: node vectors have their own rate, matrices decay."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault(("nall_emb" in name, parameter.ndim > 1), []).append(parameter)
-    return [
-        {"params": params, "lr": rate * (node_rate if node else 1), "weight_decay": weight_decay if matrix else 0.0}
-        for (node, matrix), params in groups.items()
-    ]
-
-
-@torch.no_grad()
-def _take_in(average: list[Tensor], live: list[Tensor], decay: float) -> None:
-    """Move the average towards what is trained."""
-    for mean, tensor in zip(average, live, strict=True):
-        mean.mul_(decay).add_(tensor, alpha=1 - decay)
-
-
-@contextmanager
-def _swapped(live: list[Tensor], average: list[Tensor]) -> Iterator[None]:
-    """Put the average in the place of what is trained for a while."""
-    kept = [tensor.detach().clone() for tensor in live]
-    _copy(average, live)
-    try:
-        yield
-    finally:
-        _copy(kept, live)
-
-
-@torch.no_grad()
-def _copy(values: list[Tensor], live: list[Tensor]) -> None:
-    for tensor, value in zip(live, values, strict=True):
-        tensor.copy_(value)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from search_arms import ARMS, BEFORE
-from search_words import NONE, Row, Rows, change, number, paragraph, words
+from search_rows import NONE, Row, Rows, change, number, paragraph
+from search_words import words
 
 from stlora_peft.files import atomic_write
 from stlora_peft.reports import days_name

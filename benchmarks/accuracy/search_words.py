@@ -2,94 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from search_arms import ARMS, BEFORE, CLOCK, PRESENT
+from search_rows import EAST, RATE, SHENZHEN, WEEKEND, Rows, arms_table, change, number, paragraph
 
-Row = dict[str, Any]
-Errors = dict[str, float]
-Place = tuple[str, float]
-WEEKEND, WEEKEND3, SHENZHEN, EAST = ("weekend", 1.0), ("weekend", 3.0), ("la-shenzhen", 3.0), ("west-east", 3.0)
-PLACES = {WEEKEND: "`weekend`, 1 day", WEEKEND3: "`weekend`, 3 days", SHENZHEN: "`la-shenzhen`", EAST: "`west-east`"}
 UNLIKE3 = ("unlike", 3.0)
-RATE = 0.003
-NONE = "-"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows with the look-ups that the words need; what is missing reads as a dash.
-
-    Args:
-        rows: All rows.
-    """
-
-    rows: Sequence[Row]
-
-    def row(
-        self,
-        place: Place,
-        arm: str,
-        *,
-        seed: int = 0,
-        rate: float = RATE,
-        training: str = "all",
-        backbone: str = "stgcn",
-    ) -> Row:
-        """The row of an arm; of weights of the backbone the first that it was measured on."""
-        rate, seed = (rate, seed) if ARMS[arm].trained else (0.0, 0)
-        names = ("pair", "days", "arm", "seed", "rate", "training", "backbone")
-        wanted = (*place, arm, seed, rate, training, backbone)
-        return next((row for row in self.rows if tuple(row[name] for name in names) == wanted), {"mae": {}})
-
-    def find(self, place: Place, arm: str, **which: Any) -> Errors:
-        """Errors of an arm by number of steps."""
-        errors: Errors = self.row(place, arm, **which)["mae"]
-        return errors
-
-    def mae(self, place: Place, arm: str, at: str | int, **which: Any) -> str:
-        """An error."""
-        return number(self.find(place, arm, **which).get(str(at)))
-
-    def each(self, arm: str, other: str, places: Iterable[Place] = tuple(PLACES)) -> str:
-        """How far an arm is from another wherever both were measured."""
-        found = {name: change(self.find(place, arm), self.find(place, other)) for place, name in PLACES.items()}
-        known = [
-            f"{found[name]} ({name})" for place, name in PLACES.items() if place in places and found[name] != NONE
-        ]
-        return ", ".join(known) or "not measured"
-
-    def kinds_of_days(self, place: Place, arm: str, **which: Any) -> str:
-        """Errors of working days and of weekends after the last step, in a record that begins on a Monday."""
-        daily = next(iter(self.row(place, arm, **which).get("daily", {}).values()), [])
-        parts = [[entry for entry in daily if (entry[0] % 7 >= 5) == weekend] for weekend in (False, True)]
-        found = [sum(entry[1] for entry in part) / sum(entry[2] for entry in part) if part else None for part in parts]
-        return " / ".join(number(mae) for mae in found)
-
-    def seeds(self, place: Place, arm: str, at: int) -> str:
-        """Errors of all seeds, in their order."""
-        found = [self.find(place, arm, seed=seed).get(str(at)) for seed in range(10)]
-        return " / ".join(number(mae) for mae in found if mae is not None) or NONE
-
-
-def number(mae: float | None) -> str:
-    """Write an error."""
-    return NONE if mae is None else f"{mae:.3f}"
-
-
-def change(ours: Errors, theirs: Errors) -> str:
-    """Write how far errors are from others, after the largest number of steps that both have.
-
-    Example:
-        >>> change({"150": 2.0, "300": 1.9}, {"150": 1.0, "300": 2.0, "600": 1.0})
-        '-5.0 %'
-    """
-    steps = [step for step in ours.keys() & theirs.keys() if step not in ("0", "best")]
-    last = max(steps, key=int, default="0")
-    return f"{100 * (ours[last] / theirs[last] - 1):+.1f} %" if last in ours and last in theirs else NONE
 
 
 def words(rows: Rows) -> Iterator[str]:
@@ -99,6 +17,7 @@ def words(rows: Rows) -> Iterator[str]:
     yield "## What is the default now, and why"
     yield _list([*_kept(rows), *_clock(rows)])
     yield from _noise(rows)
+    yield from _frugal(rows)
     yield "## What did not help"
     yield _list(_not_kept(rows))
     yield "## Where it loses"
@@ -270,21 +189,44 @@ def _noise(rows: Rows) -> Iterator[str]:
         "`full+node-embedding` changed its error by less than 1 %."
     )
     arms = ("full", "noise0", CLOCK, "noise-dropout0.1", "noise0.4", PRESENT, "noise1.2", "noise-predictor")
-    lines = [f"| pair | backbone | days | {' | '.join(f'`{arm}`' for arm in arms)} | `{PRESENT}` to `{CLOCK}` |"]
-    lines.append("|---|---|---:|" + "---:|" * (len(arms) + 1))
-    chosen = [row for row in rows.rows if row["arm"] == PRESENT and row["seed"] == 0 and row["rate"] == RATE]
-    for pair, backbone, days in dict.fromkeys((row["pair"], row["backbone"], row["days"]) for row in chosen):
-        errors = {arm: rows.find((pair, days), arm, backbone=backbone) for arm in arms}
-        last = [number(errors[arm].get(max(errors[arm], key=int)) if errors[arm] else None) for arm in arms]
-        cells = [pair, f"`{backbone}`", f"{days:g}", *last, change(errors[PRESENT], errors[CLOCK])]
-        lines.append(f"| {' | '.join(cells)} |")
+    yield arms_table(rows, arms, PRESENT, CLOCK)
+
+
+def _frugal(rows: Rows) -> Iterator[str]:
+    """Small adapters: what was tried, and how far it is from plain LoRA."""
+    gwnet = {"backbone": "gwnet"}
+    lora, every, tiny = (rows.row(UNLIKE3, arm, **gwnet) for arm in ("lora", "frugal", "tiny"))
+    yield "## Small adapters"
+    yield paragraph(
+        "The frugal adapter before was a narrow predictor alone (`frugal-predictor`). Updates of rank 1 in all "
+        "layers, at four times the scale of the default, do more for their numbers than anything else that was tried: "
+        "`frugal`. Its vectors have 8 numbers for each node. With so few, noise of 0.4 would be a little better than "
+        "the default's 0.8; one number was kept for all."
+    )
+    yield arms_table(
+        rows,
+        ("lora", "frugal-predictor", "frugal-nopredictor", "frugal-vectors4", "frugal-noise0.4", "frugal"),
+        "frugal",
+        "lora",
+    )
+    yield paragraph(
+        "**A hundredth of a large backbone is not enough in a city unlike its own.** `gwnet` needs rank 1 in every "
+        f"layer, {every.get('parameters', 0):,} numbers, to come close to `lora`, which trains "
+        f"{lora.get('parameters', 0):,} ({rows.mae(UNLIKE3, 'lora', 600, **gwnet)}). With about 3,000, the skip "
+        f"layers alone (`tiny`) are {change(tiny['mae'], lora['mae'])} from it, and other layers are further. To "
+        "keep all layers, each update was cut in two (`tiny-half`: the larger matrix is fixed at a singular vector "
+        "of the weight) or shared by repeated layers (`tiny-tied`); neither is ahead of `tiny`."
+    )
+    names = [name for name in ARMS if name.startswith(("frugal", "tiny"))]
+    lines = ["| arm on `gwnet`, `unlike`, 3 days | parameters | 150 | 300 | 600 | to `lora` |", "|---|" + "---:|" * 5]
+    for name in ("lora", *names):
+        row = rows.row(UNLIKE3, name, **gwnet)
+        if row["mae"]:
+            errors = [number(row["mae"].get(step)) for step in ("150", "300", "600")]
+            cells = [f"`{name}`", f"{row['parameters']:,}", *errors, change(row["mae"], lora["mae"])]
+            lines.append(f"| {' | '.join(cells)} |")
     yield "\n".join(lines)
 
 
 def _list(items: Iterable[str]) -> str:
     return "\n".join(paragraph(f"- {item}", "  ") for item in items)
-
-
-def paragraph(text: str, indent: str = "") -> str:
-    """Fill the lines of a paragraph."""
-    return textwrap.fill(text, 140, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
