@@ -226,11 +226,17 @@ ARMS: dict[str, Arm] = {
         _adapter(**SMALL | {"rank": 2, "alpha": 4, "emb_size": 4}, layers=False),
     ),
     "tiny": Arm(
-        "**the present frugal adapter of `gwnet`**: rank 1, alpha 16, vectors of 4, skip layers alone, no predictor, "
+        "rank 1, alpha 16, vectors of 4, noise of 0.8, skip layers alone, no predictor, "
         "what is bound to nodes is not trained",
         _adapter(**TINY, layers=".*skip_conv"),
     ),
     "tiny-alpha32": Arm("`tiny` with alpha 32", _adapter(**TINY | {"alpha": 32}, layers=".*skip_conv")),
+    "tiny-alpha32-noise0.4": Arm(
+        "**the present frugal adapter of `gwnet`**: `tiny` with both",
+        _adapter(**TINY | {"alpha": 32, "emb_noise": 0.4}, layers=".*skip_conv"),
+    ),
+    "tiny-noise0.4": Arm("`tiny` with noise of 0.4", _adapter(**TINY | {"emb_noise": 0.4}, layers=".*skip_conv")),
+    "tiny-noise0": Arm("`tiny` without noise", _adapter(**TINY | {"emb_noise": 0.0}, layers=".*skip_conv")),
     "tiny-node-bound": Arm(
         "`tiny`, what is bound to nodes too", _adapter(**TINY | {"node_bound": True}, layers=".*skip_conv")
     ),

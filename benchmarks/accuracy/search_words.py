@@ -89,7 +89,7 @@ def _kept(rows: Rows) -> Iterator[str]:
     yield (
         f"**Rank 8, and 2 on backbones of 250,000 parameters or more.** Rank 2 gives {rows.each('rank2', BEFORE)}; "
         f"rank 16 {rows.each('rank16', BEFORE)}. Rank 2 was not chosen for its error: on wide backbones rank 8 would "
-        "need more than a tenth of their parameters. No such backbone was in the search."
+        "need more than a tenth of their parameters. Ranks were not compared on such a backbone."
     )
     yield f"**Node vectors of width 16.** Width 8: {rows.each('vectors8', BEFORE)}."
 

@@ -34,13 +34,14 @@ FRUGAL: dict[str, Any] = {
 """Settings of a small adapter: updates of rank 1, a narrow predictor, and 8 numbers for each node."""
 LARGE_FRUGAL: dict[str, Any] = {
     "r": 1,
-    "lora_alpha": 16,
+    "lora_alpha": 32,
     "emb_size": 4,
+    "emb_noise": 0.4,
     "predictor": None,
     "freeze_node_bound": True,
 }
 """The same where it has to be at most a hundredth of a large backbone: updates of rank 1 in the layers that the
-backbone names for it, and 4 numbers for each node."""
+backbone names for it, 4 numbers for each node, and half the noise, as so few numbers learn little by heart."""
 LATER: dict[str, Any] = {"freeze_node_bound": False}
 """Settings that came after rows had been measured, with what they are in those rows."""
 FORMS: dict[str, dict[str, Any]] = {
