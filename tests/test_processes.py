@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -46,8 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_backbone(folder / "base", lstm(data), scaler=data.scaler, time_features="day", city="home", quantity="speed")
     small_city(name="away").save(folder / "away.npz")
     launched = start(HERE / "two_processes.py", folder)
-    run(folder / "one")
-    kill_after_a_checkpoint(launched, folder / "killed.unfinished" / "validate")
+    with ThreadPoolExecutor(1) as pool:  # on a busy machine the others may be done before the training here is
+        killing = pool.submit(kill_after_a_checkpoint, launched, folder / "killed.unfinished" / "validate")
+        run(folder / "one")
+        killing.result()
     out, err = launched.communicate(timeout=60)
     assert launched.returncode != 0
     assert "SIGKILL" in err, err
