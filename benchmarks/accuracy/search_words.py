@@ -195,7 +195,8 @@ def _noise(rows: Rows) -> Iterator[str]:
 def _frugal(rows: Rows) -> Iterator[str]:
     """Small adapters: what was tried, and how far it is from plain LoRA."""
     gwnet = {"backbone": "gwnet"}
-    lora, every, tiny = (rows.row(UNLIKE3, arm, **gwnet) for arm in ("lora", "frugal", "tiny"))
+    arms = ("lora", "frugal", "tiny", "tiny-alpha32-noise0.4")
+    lora, every, tiny, present = (rows.row(UNLIKE3, arm, **gwnet) for arm in arms)
     yield "## Small adapters"
     yield paragraph(
         "The frugal adapter before was a narrow predictor alone (`frugal-predictor`). Updates of rank 1 in all "
@@ -212,10 +213,11 @@ def _frugal(rows: Rows) -> Iterator[str]:
     yield paragraph(
         "**A hundredth of a large backbone is not enough in a city unlike its own.** `gwnet` needs rank 1 in every "
         f"layer, {every.get('parameters', 0):,} numbers, to come close to `lora`, which trains "
-        f"{lora.get('parameters', 0):,} ({rows.mae(UNLIKE3, 'lora', 600, **gwnet)}). With about 3,000, the skip "
-        f"layers alone (`tiny`) are {change(tiny['mae'], lora['mae'])} from it, and other layers are further. To "
-        "keep all layers, each update was cut in two (`tiny-half`: the larger matrix is fixed at a singular vector "
-        "of the weight) or shared by repeated layers (`tiny-tied`); neither is ahead of `tiny`."
+        f"{lora.get('parameters', 0):,} ({rows.mae(UNLIKE3, 'lora', 600, **gwnet)}). With {tiny['parameters']:,}, the "
+        f"skip layers alone (`tiny`) are {change(tiny['mae'], lora['mae'])} from it, with alpha 32 and half the noise "
+        f"{change(present['mae'], lora['mae'])}; other layers are further. To keep all layers, each update was cut in "
+        "two (`tiny-half`: the larger matrix is fixed at a singular vector of the weight) or shared by repeated "
+        "layers (`tiny-tied`): for their numbers, neither does more than the skip layers."
     )
     names = [name for name in ARMS if name.startswith(("frugal", "tiny"))]
     lines = ["| arm on `gwnet`, `unlike`, 3 days | parameters | 150 | 300 | 600 | to `lora` |", "|---|" + "---:|" * 5]
