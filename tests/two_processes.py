@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
@@ -13,6 +15,7 @@ import pytest
 import torch
 from small_city import small_city, small_data
 from torch import nn
+from transformers import Trainer
 
 from stlora_peft import cli
 from stlora_peft.backbones import build_backbone
@@ -138,6 +141,19 @@ def adapt(folder: Path, out: str) -> list[str]:
     return ["adapt", str(folder / "away.npz"), "--base", str(folder / "base"), "--out", str(folder / out), *how]
 
 
+def kill_after_a_checkpoint() -> None:
+    """Let the second process be killed where it would write the second checkpoint; the first is whole by then."""
+    save, saved = Trainer._save_checkpoint, []
+
+    def killed(self: Trainer, *arguments: Any) -> None:
+        saved.append(self.state.global_step)
+        if process_index() == 1 and len(saved) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, *arguments)
+
+    Trainer._save_checkpoint = killed
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     work = Path(sys.argv[1])
@@ -146,5 +162,6 @@ if __name__ == "__main__":
     check_sums()
     with (work / "two" / f"example-{process_index()}.txt").open("w") as file, redirect_stdout(file):
         runpy.run_path(str(EXAMPLE))
-    for result in ("whole", "killed"):  # in the same processes: to start others takes seconds
-        cli.app(adapt(work, result), standalone_mode=False)
+    cli.app(adapt(work, "whole"), standalone_mode=False)
+    kill_after_a_checkpoint()
+    cli.app(adapt(work, "killed"), standalone_mode=False)  # in the same processes: to start others takes seconds
