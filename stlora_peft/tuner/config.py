@@ -19,8 +19,7 @@ from stlora_peft.tuner.ranges import check_at_least_one, check_finite, check_not
 from stlora_peft.tuner.registration import stlora_type
 
 RANK, LARGE_RANK, LARGE = 8, 2, 250_000
-WIDTH, LARGE_WIDTH = 64, 48
-DROPOUT = 0.1
+WIDTH, LARGE_WIDTH, DROPOUT = 64, 48, 0.1
 CHOOSING = "choose by stlora_peft.selection.choose_conditioning, or adapt by 'stlora adapt --conditioning auto'"
 
 
@@ -110,8 +109,7 @@ class STLoraConfig(PeftConfig):
         node_layout: Layer name to the axis pattern of its input, e.g. ``{"lstm": "(b n) t c"}``. What is not said is
             taken from the backbone, from a table of known layers, or read off the first input.
         node_bound: Names of modules whose tensors have one entry for each node. None takes the backbone's own.
-        freeze_node_bound: Leave what is learned in node-bound modules as it is made for a new city. Otherwise an
-            adapter trains a copy. Running statistics are re-estimated either way.
+        freeze_node_bound: Train no copy of a node-bound module. Running statistics are re-estimated all the same.
         freeze_backbone: Train the adapter alone. Otherwise the backbone trains too and must be saved beside it.
         init_weights: Start without effect. False starts from random factors, for tests.
         node_ids: Names of the nodes in the order of the adapter's rows.

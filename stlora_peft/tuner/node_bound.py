@@ -123,7 +123,9 @@ class NodeBoundLayer(AdapterModule):
     def update_layer(self, adapter_name: str, num_nodes: int, *, whole: bool = False, frozen: bool = False) -> None:
         """Add an adapter's copy, to be trained unless it is frozen."""
         self.nall_node_bound[adapter_name] = adapted_module(self.base_layer, num_nodes, self.name, whole=whole)
-        (self.frozen.add if frozen else self.frozen.discard)(adapter_name)
+        self.frozen -= {adapter_name}
+        if frozen:
+            self.frozen.add(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters, as PEFT's method of this name does; a frozen copy stays so."""
