@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from history import Calibrated, WindowCalibrated, from_source, with_history
+from search_small import Build, half, hashed, tied
 from torch import nn
 
 from stlora_peft.data import City, CityData
 from stlora_peft.methods import METHODS, build_adapter, calibrated
 from stlora_peft.storage import SavedBackbone
 from stlora_peft.tuner.config import PredictorConfig
-from stlora_peft.tuner.layers import STLoraLayer
-
-Build = Callable[[SavedBackbone, CityData, City], nn.Module]
-"""Makes a model of a backbone, the target's data and the source."""
 
 PRESENT, CLOCK, BEFORE = "noise", "clock-last", "embedding"
 """The arm with the settings of today's ``STLoraConfig`` on a backbone of less than 250,000 parameters, the one of the
@@ -154,48 +148,14 @@ def _calibrated(build: Build, ridge: float | None = 0.01) -> Build:
     return lambda *city: Calibrated(build(*city), city[1], ridge)
 
 
-def _half(rank: int, **changes: Any) -> Build:
-    """Take an adapter of whose two matrices only the smaller is trained, the other being singular vectors."""
-
-    def build(saved: SavedBackbone, data: CityData, source: City) -> nn.Module:
-        model = build_adapter(saved.backbone, data, **settings(rank=rank, **changes))
-        for layer in _plain_layers(model):
-            left, _, right = torch.linalg.svd(layer.base_layer.weight.detach().flatten(1), full_matrices=False)
-            a, b = layer.nall_A["default"], layer.nall_B["default"]
-            kept, values = (a, right[:rank]) if a.numel() > b.numel() else (b, left[:, :rank])
-            with torch.no_grad():
-                a.zero_(), b.zero_()
-                kept.copy_(values.reshape(kept.shape)).requires_grad_(False)
-        return model
-
-    return build
-
-
-def _tied(**changes: Any) -> Build:
-    """Take an adapter in which repeated layers share their matrices, each with maps of the node vectors of its own."""
-
-    def build(saved: SavedBackbone, data: CityData, source: City) -> nn.Module:
-        model = build_adapter(saved.backbone, data, **settings(**changes))
-        first: dict[tuple[Any, ...], nn.Module] = {}
-        for layer in _plain_layers(model):
-            kind = re.sub(r"\d+", "*", layer.name), tuple(layer.base_layer.weight.shape)
-            like = first.setdefault(kind, layer)
-            layer.nall_A["default"], layer.nall_B["default"] = like.nall_A["default"], like.nall_B["default"]
-        return model
-
-    return build
-
-
-def _plain_layers(model: nn.Module) -> list[Any]:
-    found = [module for module in model.modules() if isinstance(module, STLoraLayer) and "default" in module.nall_A]
-    return [layer for layer in found if isinstance(layer.base_layer, (nn.Conv2d, nn.Linear))]
-
-
 ZERO, WIDE = {"dropout": 0.0}, {"rank": 32, "alpha": 32, "dropout": 0.0}
 LAST, NOISE = {"history_channels": None}, {"history_channels": None, "dropout": 0.0, "emb_noise": 0.8}
 NARROW = {"width": 16, "depth": 1, "predictor_rank": 2}
 SMALL = {**NOISE, **NARROW, "rank": 1, "alpha": 8, "emb_size": 8}
 TINY = {**NOISE, "width": None, "rank": 1, "alpha": 16, "emb_size": 4, "node_bound": False}
+RANK4 = {"rank": 4, "alpha": 64, "emb_noise": 0.0}
+HASHED = 2750
+"""Numbers that the entries of ``tiny-hashed`` share."""
 
 ARMS: dict[str, Arm] = {
     "full": Arm("every parameter of the backbone", _method("full")),
@@ -247,9 +207,20 @@ ARMS: dict[str, Arm] = {
     "tiny-graphs": Arm("`tiny`, in the graph convolutions", _adapter(**TINY, layers=".*mix")),
     "tiny-ends": Arm("`tiny`, in the first layer and the last two", _adapter(**TINY, layers="(start|end)_conv.*")),
     "tiny-all": Arm("`tiny`, in all layers", _adapter(**TINY)),
-    "tiny-half": Arm("`tiny-all`, the larger matrix of each update fixed at a singular vector", _half(**TINY)),
-    "tiny-half-rank2": Arm("the same of rank 2, alpha 16", _half(**TINY | {"rank": 2})),
-    "tiny-tied": Arm("`tiny-all`, repeated layers share their matrices", _tied(**TINY)),
+    "tiny-half": Arm(
+        "`tiny-all`, the larger matrix of each update fixed at a singular vector", half(settings(**TINY))
+    ),
+    "tiny-half-rank2": Arm("the same of rank 2, alpha 16", half(settings(**TINY | {"rank": 2}))),
+    "tiny-tied": Arm("`tiny-all`, repeated layers share their matrices", tied(settings(**TINY))),
+    "tiny-rank4": Arm("`tiny-all` of rank 4, alpha 64, no noise", _adapter(**TINY | RANK4)),
+    "tiny-hashed": Arm(
+        f"`tiny-rank4`, its entries moved by {HASHED:,} numbers that are shared by lot",
+        hashed(settings(**TINY | RANK4), HASHED),
+    ),
+    "tiny-hashed-noise0.4": Arm(
+        "the same with noise of 0.4", hashed(settings(**TINY | RANK4 | {"emb_noise": 0.4}), HASHED)
+    ),
+    "tiny-hashed-1375": Arm("`tiny-hashed` with half as many numbers", hashed(settings(**TINY | RANK4), HASHED // 2)),
     "gate": Arm("gates in place of vectors", _adapter("gate")),
     "gate-dropout0": Arm("gates, no dropout: the default before", _adapter("gate", **ZERO)),
     "gate-dropout0-width16": Arm("the same, predictor of width 16", _adapter("gate", width=16, **ZERO)),

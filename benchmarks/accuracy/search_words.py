@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from search_arms import ARMS, BEFORE, CLOCK, PRESENT
+from search_arms import ARMS, BEFORE, CLOCK, HASHED, PRESENT
 from search_rows import EAST, RATE, SHENZHEN, WEEKEND, Rows, arms_table, change, number, paragraph
 
 UNLIKE3 = ("unlike", 3.0)
@@ -195,8 +195,8 @@ def _noise(rows: Rows) -> Iterator[str]:
 def _frugal(rows: Rows) -> Iterator[str]:
     """Small adapters: what was tried, and how far it is from plain LoRA."""
     gwnet = {"backbone": "gwnet"}
-    arms = ("lora", "frugal", "tiny", "tiny-alpha32-noise0.4")
-    lora, every, tiny, present = (rows.row(UNLIKE3, arm, **gwnet) for arm in arms)
+    arms = ("lora", "frugal", "tiny", "tiny-alpha32-noise0.4", "tiny-hashed", "tiny-hashed-1375", "tiny-rank4")
+    lora, every, tiny, present, hashed, fewer, rank4 = (rows.row(UNLIKE3, arm, **gwnet) for arm in arms)
     yield "## Small adapters"
     yield paragraph(
         "The frugal adapter before was a narrow predictor alone (`frugal-predictor`). Updates of rank 1 in all "
@@ -217,7 +217,13 @@ def _frugal(rows: Rows) -> Iterator[str]:
         f"skip layers alone (`tiny`) are {change(tiny['mae'], lora['mae'])} from it, with alpha 32 and half the noise "
         f"{change(present['mae'], lora['mae'])}; other layers are further. To keep all layers, each update was cut in "
         "two (`tiny-half`: the larger matrix is fixed at a singular vector of the weight) or shared by repeated "
-        "layers (`tiny-tied`): for their numbers, neither does more than the skip layers."
+        "layers (`tiny-tied`): for their numbers, neither does more than the skip layers. With every entry of rank 4 "
+        f"in all layers moved by one of {HASHED:,} shared numbers, drawn by lot (`tiny-hashed`, after "
+        "[Uni-LoRA](https://arxiv.org/abs/2506.00799)), it is "
+        f"{change(hashed['mae'], lora['mae'])} with {hashed['parameters']:,}: nearer than the skip layers, and still "
+        "behind `lora`, so it was not built in. Half as many shared numbers: "
+        f"{change(fewer['mae'], lora['mae'])}; none shared: {change(rank4['mae'], lora['mae'])} with "
+        f"{rank4['parameters']:,}."
     )
     names = [name for name in ARMS if name.startswith(("frugal", "tiny"))]
     lines = ["| arm on `gwnet`, `unlike`, 3 days | parameters | 150 | 300 | 600 | to `lora` |", "|---|" + "---:|" * 5]
