@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 
+ERRORS = {"mae": 1.0, "rmse": 1.0, "mape": 1.0}
+MEASURED = {
+    **{"horizons": dict.fromkeys(["3", "6", "12", "average"], ERRORS), "seconds": 1.0, "implementation": ""},
+    **{"trainable_parameters": 1, "total_parameters": 1, "adapter_bytes": 1},
+}
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "accuracy"
 
 
@@ -76,3 +81,42 @@ def test_a_method_is_compared_with_the_best_rival_over_the_seeds_of_both(report:
     assert one.against(["lora"]) == pytest.approx(3 / 12 - 1)
     assert one.against(["full", "head"]) is None
     assert part(report, *ours, row("full", 0, 4.0) | {"mae": None}).against(["full"]) is None
+
+
+def test_goals_are_means_over_the_settings_that_have_both_sides(report: Any) -> None:
+    def rows(ours: float, days: float) -> list[dict[str, Any]]:
+        return [row("st-lora", 0, ours) | {"days": days}, row("full", 0, 2.0) | {"days": days}]
+
+    parts = [
+        part(report, *rows(1.5, 1.0), days=1.0),
+        part(report, *rows(2.1, 3.0), row("lora", 0, 4.0)),
+        part(report, *rows(1.0, 7.0), days=7.0),  # the goal is one of 1 and 3 days
+        part(report, row("st-lora", 0, 1.0) | {"days": None}, days=None),
+    ]
+    lines = report.goal_lines(parts)
+    assert "| 2 | `st-lora` | `full` | 1, 3 | -3 % | -10.0 % | -25.0 % | +5.0 % | 1 of 2 |" in lines
+    assert "| 3 | `st-lora` | `full` | all | +0 % | - | - | - | 0 of 0 |" in lines
+    settings = [line for line in lines if line.startswith("| unlike, lstm")]
+    assert settings == [
+        "| unlike, lstm, 1 day given | - | -25.0 % | - | - | - | - | - |",
+        "| unlike, lstm, 3 days given | - | **+5.0 %** | - | - | - | - | - |",
+    ]
+
+
+def test_shares_of_trained_parameters_are_those_of_each_backbone_in_its_cities(report: Any) -> None:
+    def rows(size: int, ours: int) -> list[dict[str, Any]]:
+        return [
+            row("zero-shot", 0, 1.0, total_parameters=size, trainable_parameters=0),
+            row("st-lora", 0, 1.0, total_parameters=size + ours, trainable_parameters=ours),
+        ]
+
+    parts = [part(report, *rows(1000, 100)), part(report, *rows(2000, 600), days=1.0)]
+    assert "| `lstm` | 1,000 to 2,000 | 10.0 % to 30.0 % | - | - |" in report.goal_lines(parts)
+    assert "| `lstm` | 1,000 | 10.0 % | - | - |" in report.goal_lines(parts[:1])
+
+
+def test_a_table_has_its_methods_in_one_order_whatever_was_measured_first(report: Any) -> None:
+    found = [row(method, 0, 1.0, **MEASURED) for method in ("st-lora-gate", "full", "st-lora", "zero-shot")]
+    lines = report._settings([part(report, *found)], {})
+    named = [line.split("|")[1].strip() for line in lines if line.startswith("| `")]
+    assert named == ["`zero-shot`", "`full`", "`st-lora`", "`st-lora-gate`"]

@@ -11,47 +11,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from goals import OURS, goal_lines
 from PIL import Image
 
 from stlora_peft.comparison import RESULTS
 from stlora_peft.differences import differences
 from stlora_peft.figures import save_figure
 from stlora_peft.files import atomic_write, read_json
+from stlora_peft.methods import METHODS
 from stlora_peft.pareto_figure import draw_pareto
 from stlora_peft.reports import COLUMNS, days_name, environment, markdown_table, summarise
 
 Row = dict[str, Any]
-OURS = "st-lora"
 ROWS = "rows"  # the folder of what was measured, a file for each setting
 INTERVAL = 5  # minutes: that of every city here
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What is wanted against some rivals.
-
-    Args:
-        rivals: The best of them counts, in every setting.
-        most: Relative MAE of the method, at most.
-        days: Days for which it is wanted; every number where empty.
-        method: Whose error it is.
-    """
-
-    rivals: tuple[str, ...]
-    most: float
-    days: tuple[float | None, ...] = ()
-    method: str = OURS
-
-
-GOALS = (
-    Goal(("head", "norm", "ia3", "lora"), -0.05),
-    Goal(("full",), -0.03, (1.0, 3.0)),
-    Goal(("full",), 0.0, (None,)),
-    Goal(("node-embedding", "node-prompt"), -0.05),
-    Goal(("full+node-embedding",), 0.0),
-    Goal(("lora",), 0.0, method="st-lora-frugal"),
-    Goal(("zero-shot",), -0.1, method="zero-shot+"),
-)
 
 
 @dataclass(frozen=True)
@@ -77,6 +50,10 @@ class Part:
         """MAE by seed, nothing where one is not finite."""
         found = {row["seed"]: row["mae"] for row in self.rows if row["method"] == method}
         return {} if None in found.values() else found
+
+    def numbers(self, method: str, name: str) -> set[int]:
+        """What the rows of a method have under a name."""
+        return {row[name] for row in self.rows if row["method"] == method}
 
     def against(self, rivals: Sequence[str], method: str = OURS) -> float | None:
         """MAE of a method relative to the best of some rivals, over the seeds of both; None where one is missing."""
@@ -130,7 +107,7 @@ def write_report(runs: Path, folder: Path, titles: Mapping[str, str]) -> None:
         _keep_rows(folder / ROWS / f"{setting}.json", kept)
     save_figure(draw_pareto({part.title: part.rows for part in parts}, "city's units"), folder / "results.png")
     in_few_colours(folder / "results.png")
-    lines = ["# Ways to bring a backbone to another city", "", *_goals(parts), *_settings(parts, titles)]
+    lines = ["# Ways to bring a backbone to another city", "", *goal_lines(parts), *_settings(parts, titles)]
     lines += ["![MAE against trained parameters, one panel for each setting](results.png)", ""]
     lines += ["## Where the numbers come from", "", "| | |", "|---|---|"]
     commits = dict.fromkeys(row.get("commit") or "not noted" for part in parts for row in part.rows)
@@ -138,7 +115,7 @@ def write_report(runs: Path, folder: Path, titles: Mapping[str, str]) -> None:
     lines += [f"| {name} | {value} |" for name, value in about.items()]
     with atomic_write(folder / "results.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(_goals(parts)))
+    print("\n".join(goal_lines(parts)))
 
 
 def kept_parts(folder: Path) -> Iterator[Part]:
@@ -186,22 +163,6 @@ def _keep_rows(file: Path, rows: Sequence[Row]) -> None:
         temporary.write_text(f'{{"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
-def _goals(parts: Sequence[Part]) -> list[str]:
-    """The table of goals: means over everything that has been measured of both sides."""
-    lines = ["## Goals", "", "MAE of a method relative to the best of its rivals in each setting, and the mean.", ""]
-    lines += ["| method | against the best of | days | goal | mean | settings |", "|---|---|---|---:|---:|---|"]
-    for goal in GOALS:
-        chosen = [part for part in parts if not goal.days or part.days in goal.days]
-        found = {part.title: part.against(goal.rivals, goal.method) for part in chosen}
-        known = {title: value for title, value in found.items() if value is not None}
-        mean = f"{100 * statistics.fmean(known.values()):+.1f} %" if known else "-"
-        days = ", ".join("all" if day is None else f"{day:g}" for day in goal.days) or "every"
-        each = "; ".join(f"{title}: {100 * value:+.1f} %" for title, value in known.items()) or "not measured"
-        rivals = ", ".join(f"`{rival}`" for rival in goal.rivals)
-        lines.append(f"| `{goal.method}` | {rivals} | {days} | {100 * goal.most:+.0f} % | {mean} | {each} |")
-    return [*lines, ""]
-
-
 def _settings(parts: Sequence[Part], titles: Mapping[str, str]) -> list[str]:
     """One table for each part."""
     lines = [
@@ -212,7 +173,8 @@ def _settings(parts: Sequence[Part], titles: Mapping[str, str]) -> list[str]:
     ]
     for part in parts:
         heading = f"{titles.get(part.setting, part.setting)}; {part.backbone}; {days_name(part.days)}"
-        table = markdown_table(summarise(part.rows), INTERVAL, differences(part.rows))
+        rows = sorted(part.rows, key=lambda row: list(METHODS).index(row["method"]))
+        table = markdown_table(summarise(rows), INTERVAL, differences(rows))
         lines += [f"## {heading}", "", *table, ""]
     return lines
 
