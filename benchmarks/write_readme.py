@@ -36,6 +36,7 @@ from stlora_peft.tuner.recurrent_layers import STLoraCell, STLoraRecurrent
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "la_to_shenzhen" / "results.md"
+HASH = r"(?<=\b[0-9a-f]{8})[0-9a-f]{32}\b"  # what is left out of a commit
 EDGES = torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 0]])
 
 
@@ -209,8 +210,8 @@ def results() -> str:
     text = RESULTS.read_text()
     rows = [line for line in text.split("## Methods")[0].splitlines() if line.startswith("|")]
     methods = text.split("## Methods")[1].split("## Settings")[0].strip()
-    commit = re.search(r"\| commit \| (\w{8})\w*( \+ changes)?", text)
-    where = f"commit {commit[1]}{commit[2] or ''}, " if commit else ""
+    commit = re.search(r"\| commit \| (.*) \|", text)
+    where = f"commit {re.sub(HASH, '', commit[1])}, " if commit else ""
     return "\n".join(
         [*rows, "", methods, "", f"MAE and RMSE in vehicles per step; {where}[settings](docs/results.md)."]
     )

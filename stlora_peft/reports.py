@@ -181,7 +181,7 @@ def write_markdown(
         lines += [f"![MAE of the methods, and MAE against trained parameters]({figure})", ""]
     lines += ["## Methods", "", *(f"- `{name}`: {how}" for name, how in _implementations(summaries).items()), ""]
     lines += ["## Settings", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in {**settings, **environment()}.items()]
+    lines += [f"| {name} | {value} |" for name, value in {**settings, **environment(rows)}.items()]
     with atomic_write(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -257,8 +257,16 @@ def horizon_name(horizon: str, interval_minutes: int) -> str:
     return f"{int(horizon) * interval_minutes} min" if horizon.isdigit() else horizon
 
 
-def environment() -> dict[str, str]:
-    """Return what the numbers were made with: versions, machine, and the commit where the code lies in git."""
+def environment(rows: Iterable[Row] = ()) -> dict[str, str]:
+    """Return what the numbers were made with: versions, machine, and the commit where the code lies in git.
+
+    Args:
+        rows: What was measured, maybe earlier: the commits are those that the rows note, not the present one.
+
+    Example:
+        >>> environment([{"commit": "2b"}, {"commit": "1a"}, {}])["commit"]
+        '1a, 2b, not noted'
+    """
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -266,8 +274,9 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     found["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    commit = source_commit()
-    return found | ({} if commit is None else {"commit": commit})
+    commits = {row.get("commit") for row in rows} or {source_commit()}
+    named = ", ".join(sorted(commit or "not noted" for commit in commits))
+    return found | ({} if commits == {None} else {"commit": named})
 
 
 def source_commit(folder: Path = Path(__file__).parent) -> str | None:

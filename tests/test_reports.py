@@ -120,6 +120,16 @@ def test_environment_names_python_and_the_machine() -> None:
     assert known["machine"].endswith(" cores")
 
 
+def test_environment_names_every_commit_that_rows_were_measured_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stlora_peft.reports.source_commit", lambda: "present")
+    assert environment([{"commit": "b"}, {"commit": "a"}, {"commit": "b"}])["commit"] == "a, b"
+    assert environment([{"commit": "b"}, {"commit": None}, {}])["commit"] == "b, not noted"
+    assert "commit" not in environment([{"commit": None}, {}])
+    assert environment()["commit"] == "present"
+    monkeypatch.setattr("stlora_peft.reports.source_commit", lambda: None)
+    assert "commit" not in environment()
+
+
 def test_source_commit_in_a_repository_says_the_commit_and_whether_files_changed(tmp_path: Path) -> None:
     def git(*words: str) -> str:
         who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]

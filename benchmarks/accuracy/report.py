@@ -110,8 +110,7 @@ def write_report(runs: Path, folder: Path, titles: Mapping[str, str]) -> None:
     lines = ["# Ways to bring a backbone to another city", "", *goal_lines(parts), *_settings(parts, titles)]
     lines += ["![MAE against trained parameters, one panel for each setting](results.png)", ""]
     lines += ["## Where the numbers come from", "", "| | |", "|---|---|"]
-    commits = dict.fromkeys(row.get("commit") or "not noted" for part in parts for row in part.rows)
-    about = environment() | {"commit": ", ".join(commits)}
+    about = environment(row for part in parts for row in part.rows)
     lines += [f"| {name} | {value} |" for name, value in about.items()]
     with atomic_write(folder / "results.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -139,8 +139,7 @@ def write_markdown(
         text += [f"## {city}, {TITLES[regime]}", "", f"MAE and RMSE: {_unit(cities[city])}.", ""]
         text += [*_markdown(lines, cities[city].interval_minutes), ""]
     text += ["## Settings", "", "| | |", "|---|---|"]
-    commits = sorted({str(row["commit"]) for row in rows if row.get("commit")})
-    settings = {**configuration, **environment()} | ({"commit": commits} if commits else {})
+    settings = {**configuration, **environment(rows)}
     text += [f"| {name} | {_words(value)} |" for name, value in settings.items()]
     _write(path, text)
 
