@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from toys import raised
 from stlora_peft.backbones import Forecaster, build_backbone
 from stlora_peft.data import CityData
 from stlora_peft.evaluation import evaluate
-from stlora_peft.methods import METHODS, Candidate, build_adapter, find_methods
+from stlora_peft.methods import METHODS, Candidate, build_adapter, find_methods, frugal
+from stlora_peft.methods.candidates import FEW_LAYERS, FRUGAL
 from stlora_peft.tuner.spec import BackboneSpec
 
 BUILT = [name for name, method in METHODS.items() if method.build is not None]
@@ -213,7 +215,15 @@ def test_frugal_adapter_has_rank_one_and_a_narrow_predictor(data: CityData) -> N
     assert count == layers + (12 + 2 + 12 + 1) * 16 + hidden + out + 8 * 5
 
 
-@pytest.mark.parametrize(("name", "layer"), [("gwnet", "skip_conv"), ("d2stgnn", "forecast")])
+def test_frugal_adapter_has_the_layers_that_a_backbone_names_for_it_or_all(data: CityData) -> None:
+    backbone = build_backbone("gwnet", num_nodes=9, in_channels=3)
+    assert frugal(backbone) == FRUGAL
+    backbone.stlora_spec = replace(backbone.stlora_spec, frugal=("skip_conv",))
+    assert frugal(backbone) == {**FEW_LAYERS, "target_modules": ["skip_conv"]}
+    assert frugal(nn.Linear(3, 2)) == FRUGAL
+
+
+@pytest.mark.parametrize(("name", "layer"), [("d2stgnn", "forecast"), ("staeformer", "attention")])
 def test_frugal_adapter_of_a_large_backbone_is_a_hundredth_of_it(data: CityData, name: str, layer: str) -> None:
     backbone = build_backbone(name, num_nodes=9, in_channels=3)
     candidate = METHODS["st-lora-frugal"].build(backbone, data)

@@ -192,7 +192,7 @@ ARMS: dict[str, Arm] = {
     ),
     "tiny-alpha32": Arm("`tiny` with alpha 32", _adapter(**TINY | {"alpha": 32}, layers=".*skip_conv")),
     "tiny-alpha32-noise0.4": Arm(
-        "**the present frugal adapter of `gwnet`**: `tiny` with both",
+        "`tiny` with both: the present frugal adapter, in a few layers",
         _adapter(**TINY | {"alpha": 32, "emb_noise": 0.4}, layers=".*skip_conv"),
     ),
     "tiny-noise0.4": Arm("`tiny` with noise of 0.4", _adapter(**TINY | {"emb_noise": 0.4}, layers=".*skip_conv")),

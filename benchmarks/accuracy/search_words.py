@@ -211,7 +211,7 @@ def _frugal(rows: Rows) -> Iterator[str]:
         "lora",
     )
     yield paragraph(
-        "**A hundredth of a large backbone is not enough in a city unlike its own.** `gwnet` needs rank 1 in every "
+        "**A hundredth of a large backbone is not enough.** `gwnet` needs rank 1 in every "
         f"layer, {every.get('parameters', 0):,} numbers, to come close to `lora`, which trains "
         f"{lora.get('parameters', 0):,} ({rows.mae(UNLIKE3, 'lora', 600, **gwnet)}). With {tiny['parameters']:,}, the "
         f"skip layers alone (`tiny`) are {change(tiny['mae'], lora['mae'])} from it, with alpha 32 and half the noise "
@@ -223,7 +223,8 @@ def _frugal(rows: Rows) -> Iterator[str]:
         f"{change(hashed['mae'], lora['mae'])} with {hashed['parameters']:,}: nearer than the skip layers, and still "
         "behind `lora`, so it was not built in. Half as many shared numbers: "
         f"{change(fewer['mae'], lora['mae'])}; none shared: {change(rank4['mae'], lora['mae'])} with "
-        f"{rank4['parameters']:,}."
+        f"{rank4['parameters']:,}. So `gwnet` has the frugal adapter of the others; few layers are left to backbones "
+        "that name them: `d2stgnn` and `staeformer`, of 300,000 parameters and more."
     )
     names = [name for name in ARMS if name.startswith(("frugal", "tiny"))]
     lines = ["| arm on `gwnet`, `unlike`, 3 days | parameters | 150 | 300 | 600 | to `lora` |", "|---|" + "---:|" * 5]

@@ -20,7 +20,7 @@ from on_cities import CITIES, ROOT, keep, read_options, stlora  # noqa: E402 - f
 
 METHODS = (
     "zero-shot,zero-shot+,persistence,ha,var,svr,head,norm,ia3,node-embedding,node-prompt,lora,full,"
-    "full+node-embedding,st-lora"
+    "full+node-embedding,st-lora-frugal,st-lora"
 )
 SEARCH = ["--epochs", "20", "--patience", "5"]  # for each rate; the last training has 600 steps
 

@@ -212,7 +212,6 @@ class GraphWaveNet(NodeBoundForecaster):
         target_modules=_LAYERS,
         node_layout=dict.fromkeys(_LAYERS, "b c t n"),
         node_bound=("transitions.embedding_1", "transitions.embedding_2"),
-        frugal=("skip_conv",),
         head=("end_conv_1", "end_conv_2"),
     )
 

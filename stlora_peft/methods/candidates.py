@@ -19,8 +19,7 @@ from stlora_peft.errors import message
 from stlora_peft.evaluation import window_batches
 from stlora_peft.sampling import SubGraph, reestimate_parts
 from stlora_peft.tuner.calibration import calibrate
-from stlora_peft.tuner.config import LARGE, STLoraConfig
-from stlora_peft.tuner.identity import num_base_parameters
+from stlora_peft.tuner.config import STLoraConfig
 from stlora_peft.tuner.node_bound import rebuild
 from stlora_peft.tuner.reestimation import reestimate
 from stlora_peft.tuner.spec import BackboneSpec
@@ -32,7 +31,7 @@ FRUGAL: dict[str, Any] = {
     "predictor": {"width": 16, "num_layers": 1, "r": 2},
 }
 """Settings of a small adapter: updates of rank 1, a narrow predictor, and 8 numbers for each node."""
-LARGE_FRUGAL: dict[str, Any] = {
+FEW_LAYERS: dict[str, Any] = {
     "r": 1,
     "lora_alpha": 32,
     "emb_size": 4,
@@ -40,8 +39,8 @@ LARGE_FRUGAL: dict[str, Any] = {
     "predictor": None,
     "freeze_node_bound": True,
 }
-"""The same where it has to be at most a hundredth of a large backbone: updates of rank 1 in the layers that the
-backbone names for it, 4 numbers for each node, and half the noise, as so few numbers learn little by heart."""
+"""The same where all layers would be more than a hundredth of a large backbone: rank 1 in the layers that it names for
+this, 4 numbers for each node, and half the noise, as so few numbers learn little by heart."""
 LATER: dict[str, Any] = {"freeze_node_bound": False}
 """Settings that came after rows had been measured, with what they are in those rows."""
 FORMS: dict[str, dict[str, Any]] = {
@@ -116,18 +115,16 @@ def frugal(backbone: nn.Module) -> dict[str, Any]:
         backbone: The backbone.
 
     Returns:
-        ``FRUGAL``, or for 250,000 parameters and more ``LARGE_FRUGAL`` with the layers that the backbone names for it.
+        ``FRUGAL``, or ``FEW_LAYERS`` with the layers that the backbone names for it.
 
     Example:
         >>> from stlora_peft.backbones import build_backbone
         >>> frugal(build_backbone("lstm", in_channels=3)) == FRUGAL
         True
     """
-    if num_base_parameters(backbone) < LARGE:
-        return dict(FRUGAL)
     spec = getattr(backbone, "stlora_spec", None)
     layers = spec.frugal if isinstance(spec, BackboneSpec) else ()
-    return {**LARGE_FRUGAL, "target_modules": list(layers) or None}
+    return {**FEW_LAYERS, "target_modules": list(layers)} if layers else dict(FRUGAL)
 
 
 def build_adapter(

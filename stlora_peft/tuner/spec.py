@@ -18,7 +18,7 @@ class BackboneSpec:
         node_bound: Names of the modules whose tensors have one entry for each node.
         final_state: Full names of recurrent layers of which only the final hidden state is read: an adapter updates no
             other step, and the layer returns None in the place of its outputs.
-        frugal: Names of the layers that a frugal adapter adapts, where all would be too much; empty means all.
+        frugal: Names of the layers of a frugal adapter, where rank 1 in all of them is too much; empty means all.
         head: Names of the layers that make the forecast from the last hidden state.
         input_layout: Axis pattern of the first argument of ``forward``.
         output_layout: Axis pattern of the forecast.
