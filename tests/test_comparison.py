@@ -210,6 +210,8 @@ def test_compare_resumes_and_writes_after_every_row(
     stored = json.loads((tmp_path / "results.json").read_text())
     assert [(row["method"], row["seed"]) for row in stored] == [("zero-shot", 0), ("head", 0), ("head", 1)]
     assert run(["zero-shot", "head"], [0]) == first
+    assert run(["head", "zero-shot"], [0]) == first[::-1]
+    assert json.loads((tmp_path / "results.json").read_text()) == [*first[::-1], stored[-1]]
     assert trained == [1, 2]
 
 
