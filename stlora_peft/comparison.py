@@ -120,10 +120,10 @@ def compare(
                     write_json(file, list(measured.values()))
             mae = measured[name, days, seed]["mae"]
             bars.advance(f"{name}, seed {seed}: test MAE " + ("not finite" if mae is None else f"{mae:.4g}"))
-    asked = [measured.pop(job) for job in jobs]
-    if file is not None:  # in the order asked for, whatever was measured first
-        write_json(file, [*asked, *measured.values()])
-    return asked
+    if file is not None:  # other methods first, then those that were asked for, whatever was measured first
+        places = {name: place for place, name in enumerate(chosen)}
+        write_json(file, sorted(measured.values(), key=lambda row: places.get(row["method"], -1)))
+    return [measured[job] for job in jobs]
 
 
 def adaptation_data(saved: SavedBackbone, city: City, days: float | None) -> CityData:
