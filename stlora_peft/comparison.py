@@ -18,7 +18,7 @@ from stlora_peft.evaluation import check_fit
 from stlora_peft.files import read_json, write_json
 from stlora_peft.measurement import Row, Run
 from stlora_peft.methods import Method, find_methods
-from stlora_peft.reports import source_commit
+from stlora_peft.provenance import source_commit
 from stlora_peft.storage import SavedBackbone
 from stlora_peft.training import TrainingOptions
 
@@ -120,9 +120,6 @@ def compare(
                     write_json(file, list(measured.values()))
             mae = measured[name, days, seed]["mae"]
             bars.advance(f"{name}, seed {seed}: test MAE " + ("not finite" if mae is None else f"{mae:.4g}"))
-    if file is not None:  # other methods first, then those that were asked for, whatever was measured first
-        places = {name: place for place, name in enumerate(chosen)}
-        write_json(file, sorted(measured.values(), key=lambda row: places.get(row["method"], -1)))
     return [measured[job] for job in jobs]
 
 

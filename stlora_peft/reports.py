@@ -1,25 +1,21 @@
-"""What a comparison found, in words and tables: means over seeds, ``results.md``, and where the numbers come from."""
+"""What a comparison found, in words and tables: means over seeds, and ``results.md``."""
 
 from __future__ import annotations
 
 import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stlora_peft.differences import difference_text, differences
 from stlora_peft.files import atomic_write
+from stlora_peft.provenance import environment
 
 if TYPE_CHECKING:
     from stlora_peft.significance import Difference
 
 Row = Mapping[str, Any]
-PACKAGES = ("stlora-peft", "peft", "torch", "transformers", "torch-geometric", "torch-geometric-temporal", "numpy")
 KIB = 1024
 COLUMNS = (
     "st-lora to it: its MAE relative to the row's, with a 95 % interval from a bootstrap over days and seeds; with "
@@ -147,6 +143,24 @@ def _summary(rows: list[Row]) -> Summary:
     )
 
 
+def in_order(rows: Iterable[Row], methods: Iterable[str]) -> list[Row]:
+    """Order rows by their method, whatever was measured first.
+
+    Args:
+        rows: Rows of a comparison.
+        methods: The order; rows of other methods come before them.
+
+    Returns:
+        The rows; those of one method stay as they are.
+
+    Example:
+        >>> [row["method"] for row in in_order([{"method": "full"}, {"method": "lora"}], ["lora", "full"])]
+        ['lora', 'full']
+    """
+    places = {name: place for place, name in enumerate(methods)}
+    return sorted(rows, key=lambda row: places.get(row["method"], -1))
+
+
 def write_markdown(
     path: str | os.PathLike[str],
     rows: Sequence[Row],
@@ -255,49 +269,3 @@ def horizon_name(horizon: str, interval_minutes: int) -> str:
         ('15 min', 'average')
     """
     return f"{int(horizon) * interval_minutes} min" if horizon.isdigit() else horizon
-
-
-def environment(rows: Iterable[Row] = ()) -> dict[str, str]:
-    """Return what the numbers were made with: versions, machine, and the commit where the code lies in git.
-
-    Args:
-        rows: What was measured, maybe earlier: the commits are those that the rows note, not the present one.
-
-    Example:
-        >>> environment([{"commit": "2b"}, {"commit": "1a"}, {}])["commit"]
-        '1a, 2b, not noted'
-    """
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    found["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    commits = {row.get("commit") for row in rows} or {source_commit()}
-    named = ", ".join(sorted(commit or "not noted" for commit in commits))
-    return found | ({} if commits == {None} else {"commit": named})
-
-
-def source_commit(folder: Path = Path(__file__).parent) -> str | None:
-    """Return the git commit of the source code, or None where it is not in git.
-
-    Args:
-        folder: Folder of the code.
-
-    Returns:
-        The commit, with ``+ changes`` where the files differ from it.
-    """
-    try:
-        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
-        commit = _git(folder, "rev-parse", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--untracked-files=no", ".")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{commit}{' + changes' if changed else ''}"
-
-
-def _git(folder: Path, *words: str) -> str:
-    """Run git in a folder."""
-    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
-    return done.stdout.strip()

@@ -10,8 +10,12 @@ import pytest
 
 ERRORS = {"mae": 1.0, "rmse": 1.0, "mape": 1.0}
 MEASURED = {
-    **{"horizons": dict.fromkeys(["3", "6", "12", "average"], ERRORS), "seconds": 1.0, "implementation": ""},
-    **{"trainable_parameters": 1, "total_parameters": 1, "adapter_bytes": 1},
+    "horizons": dict.fromkeys(["3", "6", "12", "average"], ERRORS),
+    "trainable_parameters": 1,
+    "total_parameters": 1,
+    "adapter_bytes": 1,
+    "seconds": 1.0,
+    "implementation": "",
 }
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "accuracy"
 

@@ -449,10 +449,9 @@ def test_compare_writes_rows_table_and_figure_and_resumes(work: Path, tmp_path: 
     page = (tmp_path / "c" / "results.md").read_text()
     for name in ("zero-shot", "head", "persistence"):
         assert f"| `{name}` |" in page  # the page is of all rows in the folder
+    assert page.index("| `zero-shot` |") < page.index("| `persistence` |") < page.index("| `head` |")
     assert "zero-shot" not in again.stdout
-    added = json.loads((tmp_path / "c" / "results.json").read_text())
-    assert [one["method"] for one in added] == ["zero-shot", "zero-shot", "persistence", "head", "head"]
-    assert [one for one in added if one["method"] != "persistence"] == rows
+    assert json.loads((tmp_path / "c" / "results.json").read_text())[:4] == rows
 
 
 def test_compare_without_matplotlib_writes_the_rest(

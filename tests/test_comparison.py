@@ -210,8 +210,6 @@ def test_compare_resumes_and_writes_after_every_row(
     stored = json.loads((tmp_path / "results.json").read_text())
     assert [(row["method"], row["seed"]) for row in stored] == [("zero-shot", 0), ("head", 0), ("head", 1)]
     assert run(["zero-shot", "head"], [0]) == first
-    assert run(["head", "zero-shot"], [0]) == first[::-1]
-    assert json.loads((tmp_path / "results.json").read_text()) == [first[1], stored[-1], first[0]]
     assert trained == [1, 2]
 
 
@@ -264,6 +262,7 @@ def test_compare_into_results_of_another_recipe_of_the_method_raises(
         return compare(saved, CITY, methods=names, **plan, output_dir=tmp_path)
 
     rows = run("head", "lora")
+    before = (tmp_path / "results.json").read_bytes()
 
     def smaller(backbone: torch.nn.Module, data: CityData) -> Candidate:
         return Candidate(
@@ -272,7 +271,6 @@ def test_compare_into_results_of_another_recipe_of_the_method_raises(
 
     monkeypatch.setitem(METHODS, "lora", replace(METHODS["lora"], build=smaller))
     assert run("head") == rows[:1]  # what changed does not concern it
-    before = (tmp_path / "results.json").read_bytes()
     with pytest.raises(ValueError, match="cannot be continued") as error:
         run("head", "lora")
     lines = str(error.value).splitlines()

@@ -1,10 +1,9 @@
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stlora_peft.reports import Spread, environment, markdown_table, source_commit, summarise, write_markdown
+from stlora_peft.reports import Spread, in_order, markdown_table, summarise, write_markdown
 from stlora_peft.significance import Difference
 
 
@@ -114,39 +113,7 @@ def test_write_markdown_says_unit_days_methods_settings_and_versions(tmp_path: P
     assert not (tmp_path / "results.png").exists()
 
 
-def test_environment_names_python_and_the_machine() -> None:
-    known = environment()
-    assert known["python"].count(".") == 2
-    assert known["machine"].endswith(" cores")
-
-
-def test_environment_names_every_commit_that_rows_were_measured_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stlora_peft.reports.source_commit", lambda: "present")
-    assert environment([{"commit": "b"}, {"commit": "a"}, {"commit": "b"}])["commit"] == "a, b"
-    assert environment([{"commit": "b"}, {"commit": None}, {}])["commit"] == "b, not noted"
-    assert "commit" not in environment([{"commit": None}, {}])
-    assert environment()["commit"] == "present"
-    monkeypatch.setattr("stlora_peft.reports.source_commit", lambda: None)
-    assert "commit" not in environment()
-
-
-def test_source_commit_in_a_repository_says_the_commit_and_whether_files_changed(tmp_path: Path) -> None:
-    def git(*words: str) -> str:
-        who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-        return subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-
-    git("init", "--quiet")
-    (tmp_path / "reports.py").write_text("1\n")
-    assert source_commit(tmp_path) is None  # a package that is not part of the repository around it
-    git("add", "reports.py")
-    git("commit", "--quiet", "--message", "first")
-    commit = git("rev-parse", "HEAD").strip()
-    assert source_commit(tmp_path) == commit
-    (tmp_path / "reports.py").write_text("2\n")
-    assert source_commit(tmp_path) == f"{commit} + changes"
-
-
-def test_source_commit_outside_of_git_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert source_commit(tmp_path) is None
-    monkeypatch.setenv("PATH", str(tmp_path))  # no git at all
-    assert source_commit(tmp_path) is None
+def test_rows_stand_in_the_order_asked_for_after_the_others_and_seeds_as_they_were() -> None:
+    rows = [{"method": method, "seed": seed} for method, seed in (("c", 1), ("a", 0), ("b", 0), ("a", 1), ("c", 0))]
+    found = in_order(rows, ["b", "a"])
+    assert [(one["method"], one["seed"]) for one in found] == [("c", 1), ("c", 0), ("b", 0), ("a", 0), ("a", 1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -100,25 +100,22 @@ def _shares(parts: Sequence[Part]) -> list[str]:
     ]
     for name in dict.fromkeys(part.backbone for part in parts):
         own = [part for part in parts if part.backbone == name]
-        sizes = {part.key: size for part in own for size in part.numbers("zero-shot", "total_parameters")}
-        cells = []
-        for method in SHARES:
-            trained = [
-                number / sizes[part.key]
-                for part in own
-                if part.key in sizes
-                for number in part.numbers(method, "trainable_parameters")
-            ]
-            cells.append(
-                _range([f"{100 * share:.1f} %" for share in (min(trained), max(trained))]) if trained else "-"
-            )
-        counted = _range([f"{size:,}" for size in (min(sizes.values()), max(sizes.values()))]) if sizes else "-"
+        counted = _range([size for part in own for size in part.numbers("zero-shot", "total_parameters")], "{:,}")
+        cells = [_range([share for part in own for share in _trained(part, method)], "{:.1f} %") for method in SHARES]
         lines.append(f"| `{name}` | {counted} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
-def _range(ends: Sequence[str]) -> str:
-    return " to ".join(dict.fromkeys(ends))
+def _trained(part: Part, method: str) -> Iterator[float]:
+    """Parameters that a method trains in a setting, in per cent of the backbone's."""
+    for size in part.numbers("zero-shot", "total_parameters"):
+        for number in part.numbers(method, "trainable_parameters"):
+            yield 100 * number / size
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    """Least and largest of some numbers, one where they look alike, a dash where there are none."""
+    return " to ".join(dict.fromkeys(form.format(end(values)) for end in (min, max))) if values else "-"
 
 
 def _percent(value: float, decimals: int = 1) -> str:

@@ -20,7 +20,8 @@ from stlora_peft.figures import save_figure
 from stlora_peft.files import atomic_write, read_json
 from stlora_peft.methods import METHODS
 from stlora_peft.pareto_figure import draw_pareto
-from stlora_peft.reports import COLUMNS, days_name, environment, markdown_table, summarise
+from stlora_peft.provenance import environment
+from stlora_peft.reports import COLUMNS, days_name, in_order, markdown_table, summarise
 
 Row = dict[str, Any]
 ROWS = "rows"  # the folder of what was measured, a file for each setting
@@ -107,14 +108,15 @@ def write_report(runs: Path, folder: Path, titles: Mapping[str, str]) -> None:
         _keep_rows(folder / ROWS / f"{setting}.json", kept)
     save_figure(draw_pareto({part.title: part.rows for part in parts}, "city's units"), folder / "results.png")
     in_few_colours(folder / "results.png")
-    lines = ["# Ways to bring a backbone to another city", "", *goal_lines(parts), *_settings(parts, titles)]
+    goals = goal_lines(parts)
+    lines = ["# Ways to bring a backbone to another city", "", *goals, *_settings(parts, titles)]
     lines += ["![MAE against trained parameters, one panel for each setting](results.png)", ""]
     lines += ["## Where the numbers come from", "", "| | |", "|---|---|"]
     about = environment(row for part in parts for row in part.rows)
     lines += [f"| {name} | {value} |" for name, value in about.items()]
     with atomic_write(folder / "results.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(goal_lines(parts)))
+    print("\n".join(goals))
 
 
 def kept_parts(folder: Path) -> Iterator[Part]:
@@ -172,7 +174,7 @@ def _settings(parts: Sequence[Part], titles: Mapping[str, str]) -> list[str]:
     ]
     for part in parts:
         heading = f"{titles.get(part.setting, part.setting)}; {part.backbone}; {days_name(part.days)}"
-        rows = sorted(part.rows, key=lambda row: list(METHODS).index(row["method"]))
+        rows = in_order(part.rows, METHODS)
         table = markdown_table(summarise(rows), INTERVAL, differences(rows))
         lines += [f"## {heading}", "", *table, ""]
     return lines

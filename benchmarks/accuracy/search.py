@@ -33,7 +33,7 @@ from search_report import write_page  # noqa: E402
 from stlora_peft.data import City, CityData, adaptation_split, prepare  # noqa: E402
 from stlora_peft.evaluation import evaluate  # noqa: E402
 from stlora_peft.files import read_json, write_json  # noqa: E402
-from stlora_peft.reports import environment, source_commit  # noqa: E402
+from stlora_peft.provenance import environment, source_commit  # noqa: E402
 from stlora_peft.significance import DailyErrors  # noqa: E402
 from stlora_peft.storage import SavedBackbone  # noqa: E402
 from stlora_peft.training import TrainingOptions, train  # noqa: E402

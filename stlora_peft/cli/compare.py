@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from stlora_peft.cli.tables import comparison_table, forms_table
 
 if TYPE_CHECKING:
     from stlora_peft.data import City
+    from stlora_peft.reports import Row
     from stlora_peft.storage import SavedBackbone
 
 EXAMPLE = (
@@ -58,6 +60,7 @@ def compare(
     with screen.working("reading the city and the backbone"):
         from stlora_peft import comparison
         from stlora_peft.files import read_json
+        from stlora_peft.reports import in_order
         from stlora_peft.storage import load_backbone
 
         saved = load_backbone(base)
@@ -80,7 +83,8 @@ def compare(
         "learning rates": ", ".join(f"{rate:g}" for rate in plan["learning_rates"]),
         "budget": options.budget + (f"; then {refit_steps} steps on all given days" if refit_steps else ""),
     }
-    files = {"results": str(results), **write_reports(screen, out, read_json(results), city, saved, settings)}
+    stored = in_order(read_json(results), plan["methods"])
+    files = {"results": str(results), **write_reports(screen, out, stored, city, saved, settings)}
     screen.say(comparison_table(rows, f"{saved.city} to {city.name}", city, screen.width))
     chosen = {f"{row['method']}, seed {row['seed']}": row["choice"] for row in rows if row.get("choice")}
     if chosen:
@@ -93,7 +97,7 @@ def compare(
 
 
 def write_reports(
-    screen: Screen, out: Path, rows: list[dict[str, Any]], city: City, saved: SavedBackbone, settings: dict[str, str]
+    screen: Screen, out: Path, rows: Sequence[Row], city: City, saved: SavedBackbone, settings: dict[str, str]
 ) -> dict[str, str]:
     """Write the table and, where matplotlib is there, the figure.
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stlora_peft.files import atomic_write
-from stlora_peft.reports import Spread, environment, horizon_name
+from stlora_peft.provenance import environment
+from stlora_peft.reports import Spread, horizon_name
 from stlora_peft.table.plan import BASELINES
 from stlora_peft.table.runs import LONGER, Row
 

@@ -23,7 +23,7 @@ from stlora_peft.evaluation import evaluate, measure
 from stlora_peft.files import read_json, write_json
 from stlora_peft.methods import build_adapter
 from stlora_peft.metrics import Metrics
-from stlora_peft.reports import source_commit
+from stlora_peft.provenance import source_commit
 from stlora_peft.sources import described
 from stlora_peft.storage import load_backbone, save_adapter, save_backbone
 from stlora_peft.table.plan import Plan
