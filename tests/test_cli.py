@@ -103,11 +103,12 @@ def test_version_is_printed() -> None:
 
 def test_modules_of_the_commands_import_nothing_slow_at_their_top() -> None:
     allowed = {"typer", "rich", *sys.stdlib_module_names}
-    light = tuple(f"stlora_peft.{name}" for name in ("cli", "differences", "errors", "files", "launch", "reports"))
+    parts = ("cli", "differences", "errors", "files", "launch", "provenance", "reports")
+    light = tuple(f"stlora_peft.{name}" for name in parts)
     package = Path(cli.__file__).parents[1]
     files = [
         *Path(cli.__file__).parent.glob("*.py"),
-        *(package / f"{name}.py" for name in ("reports", "differences", "launch")),
+        *(package / f"{name}.py" for name in ("reports", "provenance", "differences", "launch")),
     ]
     assert len(files) > 10
     for file in files:
